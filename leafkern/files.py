@@ -1,0 +1,131 @@
+"""Writing to disk so that a crash at any point leaves the previous state whole.
+
+Temporary name in the same folder -> write -> fsync -> rename -> fsync of the folder. Every step first calls
+`on_step`, so that tests can crash at each of them.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from leafkern.errors import DamagedFileError
+
+TEMPORARY = ".leafkern-tmp-"
+
+
+def on_step(step: str, path: Path) -> None:
+    """Called before each "write", "fsync", "rename" and "fsync-folder"; tests replace it to inject crashes."""
+
+
+def _step(step: str, path: Path) -> None:
+    on_step(step, path)
+
+
+def fsync_file(path: Path) -> None:
+    _step("fsync", path)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_folder(path: Path) -> None:
+    """Makes a rename inside `path` durable (a no-op where folders can't be opened, as on Windows)."""
+    _step("fsync-folder", path)
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it replaces `path`, on any error it is removed."""
+    path = Path(path)
+    temporary = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        _step("write", temporary)
+        yield temporary
+        fsync_file(temporary)
+        _step("rename", path)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` on success; a folder that stood there is replaced.
+
+    Between moving the old folder aside and the new one in, a crash leaves the old one under a temporary name:
+    whoever needs more than that keeps a pointer file written with `atomic_file`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"
+    aside = path.parent / f"{TEMPORARY}{path.name}-old-{uuid.uuid4().hex[:8]}"
+    try:
+        _step("write", temporary)
+        temporary.mkdir()
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                fsync_file(file)
+        fsync_folder(temporary)
+        _step("rename", path)
+        if path.exists():
+            os.replace(path, aside)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except BaseException:
+        if aside.exists() and not path.exists():
+            os.replace(aside, path)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike, value: object) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike, what: str) -> dict:
+    """The JSON object in a file that leafkern or sentence-transformers wrote; `what` names it in the error."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedFileError(f"{path}: not a readable {what} ({error})") from None
+    if not isinstance(value, dict):
+        raise DamagedFileError(f"{path}: not a {what} (a JSON object is expected)")
+    return value
+
+
+def confined(folder: str | os.PathLike, name: str) -> Path:
+    """`folder/name`, refused when a manifest's name points outside the folder."""
+    folder = Path(folder).resolve()
+    path = (folder / name).resolve()
+    if folder not in path.parents:
+        raise DamagedFileError(f"{folder}: the manifest names {name!r}, which lies outside the folder")
+    return path
+
+
+def remove_leftovers(folder: str | os.PathLike, keep: Callable[[str], bool] = lambda name: False) -> None:
+    """Removes what a killed writer left under temporary names in `folder`."""
+    for entry in Path(folder).glob(f"{TEMPORARY}*"):
+        if keep(entry.name):
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)

@@ -1,0 +1,26 @@
+"""The operations: fast, exact, and usable alone in other people's code. Nothing here imports from above."""
+
+import importlib
+
+_WHERE = {
+    "mean_pool": "pooling",
+    "norm_mean_pool": "pooling",
+    "alignment_loss": "distill",
+    "quantize": "quantization",
+    "dequantize": "quantization",
+    "calibrate": "quantization",
+    "Quantized": "quantization",
+    "search": "retrieval",
+}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str):
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"leafkern.ops.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'leafkern.ops' has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

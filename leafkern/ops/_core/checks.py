@@ -1,0 +1,84 @@
+"""Argument checks shared by all operations.
+
+Shape, dtype and device are always checked. Values (NaN, zero rows, monotone cu_seqlens) are checked on CPU; on
+CUDA only with LEAFKERN_CHECK=1, and never under graph capture or torch.compile (a host synchronisation).
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from leafkern.errors import InputError
+
+
+def values_checked(x: torch.Tensor) -> bool:
+    """Whether the values of `x` may be looked at in this call."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    if x.device.type == "cpu":
+        return True
+    return os.environ.get("LEAFKERN_CHECK") == "1" and not torch.cuda.is_current_stream_capturing()
+
+
+def check_tensor(
+    name: str, x: object, *, ndim: int | None = None, dtypes: Sequence[torch.dtype] | None = None
+) -> torch.Tensor:
+    """`x` itself, if it is a tensor of `ndim` dimensions and one of `dtypes`."""
+    if not isinstance(x, torch.Tensor):
+        raise InputError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if ndim is not None and x.ndim != ndim:
+        raise InputError(f"{name}: expected {ndim} dimensions, got shape {tuple(x.shape)}")
+    if dtypes is not None and x.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise InputError(f"{name}: expected dtype {names}; got {str(x.dtype).removeprefix('torch.')}")
+    return x
+
+
+def check_floating(name: str, x: object, *, ndim: int | None = None) -> torch.Tensor:
+    """`x` itself, if it is a floating-point tensor of `ndim` dimensions."""
+    x = check_tensor(name, x, ndim=ndim)
+    if not x.is_floating_point():
+        raise InputError(f"{name}: expected a floating-point tensor, got {str(x.dtype).removeprefix('torch.')}")
+    return x
+
+
+def check_same_device(**tensors: torch.Tensor | None) -> None:
+    present = {name: x for name, x in tensors.items() if x is not None}
+    if len({x.device for x in present.values()}) > 1:
+        places = ", ".join(f"{name} on {x.device}" for name, x in present.items())
+        raise InputError(f"all tensors must be on one device; got {places}")
+
+
+def check_finite_rows(name: str, x: torch.Tensor) -> None:
+    """Names the first row of `x` that holds NaN or infinity."""
+    if not values_checked(x) or x.numel() == 0:
+        return
+    bad = ~torch.isfinite(x).flatten(1).all(dim=1)
+    if bad.any():
+        rows = bad.nonzero().flatten().tolist()
+        raise InputError(f"{name}: row {rows[0]} holds NaN or infinity ({len(rows)} such rows); expected finite values")
+
+
+def check_nonzero_rows(name: str, x: torch.Tensor) -> None:
+    """Names the first row of `x` whose entries are all zero."""
+    if not values_checked(x) or x.numel() == 0:
+        return
+    bad = (x == 0).flatten(1).all(dim=1)
+    if bad.any():
+        rows = bad.nonzero().flatten().tolist()
+        raise InputError(f"{name}: row {rows[0]} is all zeros ({len(rows)} such rows); expected non-zero vectors")
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
+    """`cu_seqlens`: int32 (B+1,), from 0 to `tokens`, never falling."""
+    check_tensor("cu_seqlens", cu_seqlens, ndim=1, dtypes=(torch.int32, torch.int64))
+    if cu_seqlens.numel() < 1:
+        raise InputError("cu_seqlens: expected B+1 entries, got none")
+    if not values_checked(cu_seqlens):
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != tokens:
+        raise InputError(f"cu_seqlens: must run from 0 to T = {tokens}; got {first} to {last}")
+    if (cu_seqlens.diff() < 0).any():
+        raise InputError("cu_seqlens: must never fall")
