@@ -1,0 +1,1 @@
+"""The demonstration behind `make demo`: distil, index and search on text that every machine has."""
