@@ -65,7 +65,7 @@ def choose(operation: str, candidates: Mapping[str, str | None]) -> str:
     """
     forced = forced_backend(operation)
     if forced is not None:
-        reason = candidates.get(forced, "it does not serve tensors of this device")
+        reason = candidates.get(forced, "it has no kernel for this device and these types")
         if reason is not None:
             raise BackendError(f"LEAFKERN_BACKEND forces {operation}={forced}, which can't serve this call: {reason}")
         return forced

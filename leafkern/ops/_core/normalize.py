@@ -1,0 +1,15 @@
+"""L2 normalisation of rows as every operation defines it."""
+
+import torch
+
+
+def normalize_rows(x: torch.Tensor) -> torch.Tensor:
+    """n(x) = x / max(‖x‖, 1e-12) along the last dimension; n(0) = 0 with gradient 0; differentiable; keeps the dtype."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    # Dividing by infinity gives a zero row, and a zero gradient, where plain clamping would give a gradient of 1e12.
+    return x / torch.where(norm == 0, torch.inf, norm.clamp(min=1e-12))
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to accumulate in: float32 for half precision, otherwise `dtype` itself."""
+    return torch.promote_types(dtype, torch.float32)

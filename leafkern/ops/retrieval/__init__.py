@@ -1,0 +1,186 @@
+"""Exact search: the best dot products of queries with a base of vectors, quantised or not."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from leafkern.errors import InputError
+from leafkern.ops._core.backend import choose
+from leafkern.ops._core.checks import check_finite_rows, check_floating, check_same_device, values_checked
+from leafkern.ops._core.registration import register
+from leafkern.ops.quantization import Quantized, reference as quantization
+from leafkern.ops.retrieval import native, reference
+
+MAX_QUERY_CODE = 63
+MAX_ROWS = 1 << 32
+# 63 * 128 * D must stay below 2^31.
+MAX_DIM = 1 << 18
+_BITS = {"int8": 8, "int4": 4, "binary": 1, "ubinary": 1}
+
+
+def _integer_search(
+    u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, query_bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    candidates = {"reference": None}
+    if u.device.type == "cpu":
+        candidates = {"native": native.unsuited(u, codes, k, bits, query_bits), **candidates}
+    if choose("retrieval", candidates) == "native":
+        return native.search(u, codes, k, bits, query_bits)
+    return reference.blocked(u, codes, k, bits)
+
+
+def _integer_search_fake(u, codes, k, bits, query_bits):
+    shape = (u.shape[0], min(k, codes.shape[0]))
+    return u.new_empty(shape, dtype=torch.int32), u.new_empty(shape, dtype=torch.int64)
+
+
+# u int8 (Q, D) in [-63, 63] (query_bits=1: +-1); codes as in Quantized, of 8, 4 or 1 bits -> integer scores, ids.
+integer_search = register(
+    "integer_search(Tensor u, Tensor codes, int k, int bits, int query_bits) -> (Tensor, Tensor)",
+    _integer_search,
+    _integer_search_fake,
+)
+
+
+def fold(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries w float32 (Q, D) as 7-bit integers: (u int8 in [-63, 63], a float32 (Q,)), w ~ a*u.
+
+    a = max|w|/63, u = w/a rounded half to even; w = 0 gives a = 0, u = 0.
+    """
+    a = w.abs().amax(1)
+    # A tensor divisor: CUDA turns division by a Python number into a multiplication, which rounds differently.
+    a = a / torch.full_like(a, MAX_QUERY_CODE)
+    u = (w / torch.where(a == 0, 1, a)[:, None]).round().clamp(-MAX_QUERY_CODE, MAX_QUERY_CODE)
+    return torch.where(a[:, None] == 0, 0, u).to(torch.int8), a
+
+
+def _size(level: torch.Tensor | Quantized) -> tuple[int, int]:
+    return (len(level), level.dim) if isinstance(level, Quantized) else tuple(level.shape)
+
+
+def _check_level(name: str, level: object, queries: torch.Tensor) -> None:
+    if not isinstance(level, Quantized):
+        if not isinstance(level, torch.Tensor):
+            raise InputError(f"{name}: expected a torch.Tensor or a Quantized, got {type(level).__name__}")
+        check_floating(name, level, ndim=2)
+    n, dim = _size(level)
+    if dim != queries.shape[1]:
+        raise InputError(f"{name}: vectors of width {dim}, but the queries have width {queries.shape[1]}")
+    if n >= MAX_ROWS:
+        raise InputError(f"{name}: {n} rows; fewer than 2^32 are expected")
+    check_same_device(queries=queries, **{name: level.codes if isinstance(level, Quantized) else level})
+
+
+def _check_count(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name}: expected an int >= 1, got {value!r}")
+    return value
+
+
+def _finite_scores(scores: torch.Tensor, first_row: int) -> None:
+    if not values_checked(scores):
+        return
+    bad = ~torch.isfinite(scores).all(dim=0)
+    if bad.any():
+        row = first_row + int(bad.nonzero()[0])
+        raise InputError(f"base: row {row} holds NaN or infinity, or overflows float32; expected finite values")
+
+
+def _float_search(queries: torch.Tensor, base: torch.Tensor | Quantized, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    choose("retrieval", {"reference": None})
+    rows: Callable
+    if isinstance(base, Quantized) and base.precision == "fp8":
+        codes, scale, _ = quantization.quantize(queries, "fp8", None)
+        queries = codes.float() * scale[:, None]
+
+        def rows(start, stop):
+            return base.codes[start:stop].float() * base.scale[start:stop, None]
+    else:
+        values = base.codes if isinstance(base, Quantized) else base.detach()
+
+        def rows(start, stop):
+            return values[start:stop].float()
+
+    return reference.blocked_float(queries, rows, _size(base)[0], k, _finite_scores)
+
+
+def _first_stage(
+    queries: torch.Tensor, base: torch.Tensor | Quantized, k: int, query_bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(base, Quantized) or base.precision not in _BITS:
+        return _float_search(queries, base, k)
+    if base.dim >= MAX_DIM:
+        raise InputError(f"base: width {base.dim}; below {MAX_DIM} is expected, where integer scores fit 32 bits")
+    if base.precision in ("int8", "int4"):
+        u, a = fold(queries * base.scale)
+        bias = (queries * base.offset).sum(1)
+    else:
+        u, a = fold(queries)
+        if query_bits == 1:
+            u, a = torch.where(queries > 0, 1, -1).to(torch.int8), torch.ones_like(a)
+        bias = torch.zeros_like(a)
+    integers, ids = integer_search(u, base.codes, k, _BITS[base.precision], query_bits)
+    return bias[:, None] + a[:, None] * integers, ids
+
+
+def search(
+    queries: torch.Tensor,
+    base: torch.Tensor | Quantized,
+    k: int,
+    *,
+    rescore: torch.Tensor | Quantized | Sequence[torch.Tensor | Quantized] | None = None,
+    oversample: int = 4,
+    query_bits: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k vectors of `base` with the largest dot products: (scores float32, ids int64), (Q, min(k, N)) each.
+
+    Best first; equal scores in order of ids. No gradient.
+
+    queries: floating-point (Q, D), computed in float32. base: floating-point Tensor (N, D) or `Quantized`.
+    int8, int4: vectors stand for offset + scale*c. The query is folded, w = q*scale, to 7 bits: a = max|w|/63,
+    u = w/a rounded half to even; I = sum of u*c, exact in integers; score = sum of q*offset + a*I. Ordered by I.
+    binary, ubinary: query_bits=1 scores D - 2*hamming of the signs; query_bits=8 folds w = q as above and scores
+    a*I, I = sum of u*(2*bit - 1). None: 8 when rescoring, else 1.
+    fp8: queries are quantised likewise, products in float32. float32, float16, other tensors: products in float32.
+
+    rescore: the same N rows more finely, one level or a list from coarse to fine; scored as float query times
+    dequantised row, of the candidates only. The first stage keeps oversample*k, each level but the last half of
+    what it got (at least k).
+
+    base and rescore may be memory-mapped: they are read in blocks, never copied or checked as a whole. NaN or
+    infinity in a float base or level shows in its scores and is an error then; codes are not checked.
+
+    Errors: `InputError` for k or oversample < 1, widths or row counts that differ, NaN or infinity in queries (the
+    row is named), query_bits other than None, 1, 8 or with a base that is not binary, N >= 2^32, and D >= 2^18 for
+    integer scores (63*128*D must fit 32 bits).
+
+    Backends: native (CPU; int8, int4, binary; k <= 2048), else the PyTorch reference.
+    """
+    check_floating("queries", queries, ndim=2)
+    if queries.shape[1] < 1:
+        raise InputError(f"queries: expected at least one dimension, got shape {tuple(queries.shape)}")
+    _check_count("k", k)
+    _check_count("oversample", oversample)
+    levels = [] if rescore is None else list(rescore) if isinstance(rescore, (list, tuple)) else [rescore]
+    names = ["rescore" if len(levels) == 1 else f"rescore[{place}]" for place in range(len(levels))]
+    for name, level in zip(["base", *names], [base, *levels]):
+        _check_level(name, level, queries)
+    for name, level in zip(names, levels):
+        if _size(level)[0] != _size(base)[0]:
+            raise InputError(f"{name}: {_size(level)[0]} rows, but base has {_size(base)[0]}; the same are expected")
+    binary = isinstance(base, Quantized) and base.precision in ("binary", "ubinary")
+    if query_bits is not None and (query_bits not in (1, 8) or not binary):
+        raise InputError(f"query_bits: expected None, or 1 or 8 with a binary base; got {query_bits!r}")
+    check_finite_rows("queries", queries)
+
+    queries = queries.detach().float()
+    query_bits = query_bits or (8 if levels or not binary else 1)
+    keep = k * oversample if levels else k
+    scores, ids = _first_stage(queries, base, keep, query_bits)
+    for place, (name, level) in enumerate(zip(names, levels), start=1):
+        keep = k if place == len(levels) else max(k, keep // 2)
+        scores, ids = reference.rescore(queries, level, ids, keep)
+        if values_checked(scores) and not torch.isfinite(scores).all():
+            row = int(ids[~torch.isfinite(scores)][0])
+            raise InputError(f"{name}: row {row} holds NaN or infinity, or overflows float32; expected finite values")
+    return scores, ids

@@ -1,0 +1,112 @@
+"""Search in plain PyTorch. `brute` is the definition; `blocked` gives the same in bounded memory.
+
+Integer scores are exact in both: products of u in [-63, 63] with codes in [-128, 127] are summed in float64
+(`brute`), or in float32 over at most 2048 dimensions at a time (63*128*2048 < 2^24) and then in integers.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from leafkern.ops.quantization import Quantized, dequantize
+from leafkern.ops.quantization.reference import unpack
+
+_BLOCK_ELEMENTS = 1 << 22
+_QUERY_BLOCK = 256
+_EXACT_COLUMNS = 2048
+_LAST_ID = (1 << 32) - 1
+
+
+def decode(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """Codes of 8 (int8), 4 (int4) or 1 bit (uint8: ubinary, int8: binary) as one integer per dimension."""
+    precision = {8: "int8", 4: "int4"}.get(bits) or ("ubinary" if codes.dtype == torch.uint8 else "binary")
+    return unpack(codes, precision, dim)
+
+
+def brute(queries: torch.Tensor, base: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of queries @ base.T per query, float64, equal scores in order of ids: (Q, k) each."""
+    scores = queries.double() @ base.double().T
+    best, ids = scores.sort(dim=1, descending=True, stable=True)
+    return best[:, :k], ids[:, :k]
+
+
+def _keys(scores: torch.Tensor, first_id: int) -> torch.Tensor:
+    """int64 keys, all different, in the order (score, then lower id); scores float32 or int32 (Q, n)."""
+    if scores.dtype == torch.float32:
+        # The bits of a float order as an integer once those of negative numbers are flipped; + 0.0 turns -0 into 0.
+        bits = (scores + 0.0).view(torch.int32)
+        scores = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ids = torch.arange(first_id, first_id + scores.shape[1], device=scores.device)
+    return (scores.long() << 32) + (_LAST_ID - ids)
+
+
+def _from_keys(keys: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = _LAST_ID - (keys & _LAST_ID)
+    scores = (keys >> 32).int()
+    if dtype == torch.float32:
+        scores = (scores ^ ((scores >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return scores, ids
+
+
+def _streamed(
+    queries: torch.Tensor, n: int, k: int, dtype: torch.dtype, rows: Callable, score: Callable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top k over blocks: rows(start, stop) gives base rows in float32, score(queries, rows, start) dtype (q, n)."""
+    k = min(k, n)
+    dim = queries.shape[1]
+    step = max(1, _BLOCK_ELEMENTS // max(dim, min(len(queries), _QUERY_BLOCK)))
+    best = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
+    for start in range(0, n, step):
+        block = rows(start, min(n, start + step))
+        merged = []
+        for part, kept in zip(queries.split(_QUERY_BLOCK), best.split(_QUERY_BLOCK)):
+            keys = _keys(score(part, block, start), start)
+            keys = torch.cat([kept, keys.topk(min(k, keys.shape[1]), dim=1).values], dim=1)
+            merged.append(keys.topk(min(k, keys.shape[1]), dim=1).values)
+        best = torch.cat(merged) if merged else best.new_empty((0, min(k, best.shape[1] + len(block))))
+    return _from_keys(best, dtype)
+
+
+def _exact_products(u: torch.Tensor, rows: torch.Tensor, start: int) -> torch.Tensor:
+    total = torch.zeros((len(u), len(rows)), dtype=torch.int32, device=u.device)
+    for columns, row_columns in zip(u.split(_EXACT_COLUMNS, dim=1), rows.split(_EXACT_COLUMNS, dim=1)):
+        total += (columns.float() @ row_columns.T).int()
+    return total
+
+
+def blocked(u: torch.Tensor, codes: torch.Tensor, k: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest integer scores of folded queries u int8 (Q, D): int32 and int64 (Q, min(k, N))."""
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        return decode(codes[start:stop], bits, u.shape[1]).float()
+
+    return _streamed(u, len(codes), k, torch.int32, rows, _exact_products)
+
+
+def blocked_float(
+    queries: torch.Tensor, rows: Callable, n: int, k: int, check: Callable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of queries float32 (Q, D) @ rows(start, stop).T; `check` sees each block of scores."""
+
+    def score(part: torch.Tensor, block: torch.Tensor, start: int) -> torch.Tensor:
+        scores = part @ block.T
+        check(scores, start)
+        return scores
+
+    return _streamed(queries, n, k, torch.float32, rows, score)
+
+
+def rescore(
+    queries: torch.Tensor, level: torch.Tensor | Quantized, ids: torch.Tensor, keep: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `keep` best of the candidates ids (Q, C) by the float scores of their rows of `level`; ties: lower id."""
+    ids = ids.sort(dim=1).values
+    step = max(1, _BLOCK_ELEMENTS // max(1, ids.shape[1] * queries.shape[1]))
+    scores = []
+    for part, candidates in zip(queries.split(step), ids.split(step)):
+        gathered = level[candidates.flatten()]
+        rows = dequantize(gathered) if isinstance(gathered, Quantized) else gathered.float()
+        # Row by row, unlike a matrix product: equal rows score equally wherever they stand.
+        scores.append((rows.view(*candidates.shape, part.shape[1]) * part[:, None, :]).sum(2))
+    best, places = torch.cat(scores).sort(dim=1, descending=True, stable=True)
+    return best[:, :keep], ids.gather(1, places[:, :keep])
