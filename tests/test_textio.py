@@ -1,0 +1,188 @@
+"""Texts and vectors from and to files: round trips, and every kind of bad file refused by name and line."""
+
+import gzip
+import io
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from leafkern import files, textio
+from leafkern.errors import InputError
+
+
+def write(path, content: bytes):
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "A.TXT"])
+def test_lines(tmp_path, name):
+    path = write(tmp_path / name, "\ufefffirst\r\n\nthird \u2028 line\nlast".encode())
+    assert textio.read_texts(path) == (None, ["first", "", "third \u2028 line", "last"])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_jsonl(tmp_path, name):
+    path = write(tmp_path / name, b'{"_id": "x", "body": "one"}\n\n{"_id": 7, "body": "two", "more": 1}\n')
+    assert textio.read_texts(path, "body") == (None, ["one", "two"])
+    assert textio.read_texts(path, "body", "_id") == (["x", 7], ["one", "two"])
+
+
+def test_parquet_texts(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["one", "two", ""], "id": [3, 1, 2]}), path)
+    assert textio.read_texts(path, id_field="id") == ([3, 1, 2], ["one", "two", ""])
+
+
+def test_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    assert textio.read_texts("-").texts == ["one", "two"]
+
+
+def test_blocks_cover_the_file_in_order(tmp_path):
+    path = write(tmp_path / "a.txt", b"".join(b"%d\n" % i for i in range(10)))
+    blocks = [block.texts for block in textio.iter_texts(path, rows=4)]
+    assert [len(block) for block in blocks] == [4, 4, 2]
+    assert sum(blocks, []) == [str(i) for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"fine\nbad \xff byte\n", r"a\.txt:2: not UTF-8 \(byte 0xff at column 5\)"),
+        ("a.txt.gz", b"fine\nbad \xff byte\n", r"a\.txt\.gz:2: not UTF-8"),
+        ("a.txt", b"", r"a\.txt:1: empty"),
+        ("a.jsonl", b"\n\n", r"a\.jsonl:1: empty"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"a\.jsonl:2: no field 'text'; this line has 'body'"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 5}\n', r"a\.jsonl:2: field 'text' must be str, got int"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", b"[1]\n", r"a\.jsonl:1: expected a JSON object"),
+        ("a.csv", b"x", r"unknown text format '\.csv'; expected one of \.txt"),
+        ("a.parquet", b"PAR1 no", r"a\.parquet: not a readable parquet file"),
+    ],
+)
+def test_bad_texts(tmp_path, name, content, message):
+    with pytest.raises(InputError, match=message):
+        textio.read_texts(write(tmp_path / name, content))
+
+
+def test_bad_text_places(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        textio.read_texts(tmp_path / "none.txt")
+    with pytest.raises(InputError, match="is a folder"):
+        textio.read_texts(tmp_path)
+    write(tmp_path / "x.txt", b"x")
+    whole = gzip.compress(b"".join(b"line %d\n" % i for i in range(10_000)))
+    (tmp_path / "cut.txt.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="not readable as gzip"):
+        textio.read_texts(tmp_path / "cut.txt.gz")
+    with pytest.raises(InputError, match="no field 'id' for ids"):
+        textio.read_texts(tmp_path / "x.txt", id_field="id")
+
+
+def test_bad_parquet_texts(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"texts": ["one", None]}), path)
+    with pytest.raises(InputError, match="unknown name 'text'; did you mean 'texts'"):
+        textio.read_texts(path)
+    with pytest.raises(InputError, match="row 1: column 'texts' must be str, got NoneType"):
+        textio.read_texts(path, "texts")
+
+
+@pytest.mark.parametrize("kind", [".npy", ".safetensors", ".parquet"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_vectors_round_trip(tmp_path, kind, dtype):
+    vectors = np.random.default_rng().normal(size=(7, 5)).astype(dtype)
+    texts = [f"text {i}" for i in range(7)]
+    textio.write_vectors(tmp_path / f"a{kind}", vectors, texts)
+    again = textio.read_vectors(tmp_path / f"a{kind}")
+    np.testing.assert_array_equal(again.vectors, vectors)
+    assert again.vectors.dtype == dtype
+    assert again.texts == (texts if kind == ".parquet" else None)
+    assert textio.is_vector_file(tmp_path / f"a{kind}")
+
+
+@pytest.mark.parametrize("kind", [".npy", ".safetensors", ".parquet"])
+def test_vectors_written_in_blocks(tmp_path, kind):
+    vectors = np.random.default_rng().normal(size=(9, 3)).astype(np.float32)
+    with textio.vector_writer(tmp_path / f"a{kind}") as writer:
+        for start in (0, 4, 8):
+            writer.add(vectors[start : start + 4], ["t"] * len(vectors[start : start + 4]))
+    np.testing.assert_array_equal(textio.read_vectors(tmp_path / f"a{kind}").vectors, vectors)
+
+
+def test_codes_with_their_ranges(tmp_path):
+    codes = np.random.default_rng().integers(-128, 128, (5, 3), dtype=np.int8)
+    extra = {"scale": np.arange(3, dtype=np.float32)}
+    textio.write_vectors(tmp_path / "a.safetensors", codes, extra=extra, metadata={"precision": "int8"})
+    again = load_file(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(again["vectors"], codes)
+    np.testing.assert_array_equal(again["scale"], extra["scale"])
+
+
+def test_other_peoples_vectors(tmp_path):
+    vectors = np.random.default_rng().normal(size=(4, 6)).astype(np.float32)
+    save_file({"embeddings": vectors, "other": vectors[:2]}, tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(textio.read_vectors(tmp_path / "a.safetensors").vectors, vectors)
+    pq.write_table(pa.table({"vector": vectors.tolist()}), tmp_path / "a.parquet")
+    assert textio.read_vectors(tmp_path / "a.parquet").texts is None
+    np.testing.assert_allclose(textio.read_vectors(tmp_path / "a.parquet").vectors, vectors)
+
+
+def test_bad_vectors(tmp_path):
+    def refused(name, message):
+        with pytest.raises(InputError, match=message):
+            textio.read_vectors(tmp_path / name)
+
+    vectors = np.ones((20_000, 2), np.float32)
+    vectors[17_001, 1] = np.nan
+    np.save(tmp_path / "nan.npy", vectors)
+    refused("nan.npy", r"nan\.npy: row 17001 holds NaN")
+    np.save(tmp_path / "flat.npy", np.ones(4))
+    refused("flat.npy", "expected a float matrix")
+    np.save(tmp_path / "int.npy", np.ones((4, 2), np.int64))
+    refused("int.npy", "expected a float matrix")
+    np.save(tmp_path / "none.npy", np.ones((0, 2)))
+    refused("none.npy", "holds no rows")
+    np.save(tmp_path / "object.npy", np.array([{"a": 1}]), allow_pickle=True)
+    refused("object.npy", "not a readable")
+    for name in ("short.npy", "short.safetensors", "short.parquet"):
+        (tmp_path / name).write_bytes(b"nothing")
+        refused(name, "not a readable")
+    save_file({"a": vectors, "b": vectors}, tmp_path / "two.safetensors")
+    refused("two.safetensors", "expected one matrix")
+    pq.write_table(pa.table({"vector": [[1.0, 2.0], [1.0]]}), tmp_path / "ragged.parquet")
+    refused("ragged.parquet", "row 1: a vector of length 1; expected 2")
+    pq.write_table(pa.table({"vector": [[1.0, 2.0], [1.0, None]]}), tmp_path / "null.parquet")
+    refused("null.parquet", "row 1 holds a null")
+    refused("a.bin", "unknown vector format")
+
+
+def test_a_crash_leaves_the_previous_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.npy"
+    textio.write_vectors(path, np.zeros((2, 2), np.float32))
+    before = path.read_bytes()
+    for step in ("write", "fsync", "rename"):
+        monkeypatch.setattr(files, "on_step", lambda name, _, step=step: 1 / 0 if name == step else None)
+        with pytest.raises(ZeroDivisionError):
+            textio.write_vectors(path, np.ones((2, 2), np.float32))
+        assert path.read_bytes() == before
+        assert [entry.name for entry in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_writer_refuses(tmp_path):
+    with pytest.raises(InputError, match="unknown vector format"):
+        textio.write_vectors(tmp_path / "a.bin", np.zeros((1, 1), np.float32))
+    with pytest.raises(InputError, match="does not exist"):
+        textio.write_vectors(tmp_path / "no" / "a.npy", np.zeros((1, 1), np.float32))
+    with pytest.raises(InputError, match="one text per vector"):
+        textio.write_vectors(tmp_path / "a.parquet", np.zeros((1, 1), np.float32))
+    with pytest.raises(InputError, match="none to write"), textio.vector_writer(tmp_path / "a.npy"):
+        pass
+    assert not list(tmp_path.iterdir())
