@@ -1,0 +1,18 @@
+"""nn.Modules over the operations: packed encoders, heads, sentence models."""
+
+from leafkern.nn.bert import PackedConfig, PackedEncoder
+from leafkern.nn.packed import PackedBatch, Padding, pack
+from leafkern.nn.sentence import Dense, SentenceModel, activation_module
+from leafkern.nn.transformers import TransformersBackbone
+
+__all__ = [
+    "Dense",
+    "PackedBatch",
+    "PackedConfig",
+    "PackedEncoder",
+    "Padding",
+    "SentenceModel",
+    "TransformersBackbone",
+    "activation_module",
+    "pack",
+]

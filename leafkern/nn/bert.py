@@ -1,0 +1,190 @@
+"""Encoders of the BERT family (absolute positions, post-norm), run on packed tokens.
+
+Devlin et al., BERT (arXiv 1810.04805). Every linear layer sees (T, D), so padding costs nothing there; only q, k
+and v are padded, to the longest sequence of the batch, for the attention itself.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from leafkern.errors import InputError, unknown_name
+from leafkern.nn.packed import PackedBatch, Padding
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedConfig:
+    """Sizes of a BERT encoder, under transformers' names. `dropout` is leafkern's own and 0 unless asked for."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.hidden_act not in _ACTIVATIONS:
+            raise unknown_name("hidden_act", self.hidden_act, _ACTIVATIONS)
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"hidden_size: {self.hidden_size} is not a multiple of num_attention_heads = {self.num_attention_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout: expected a number from 0 to 1 (exclusive), got {self.dropout}")
+
+    @staticmethod
+    def serves(config: Mapping) -> bool:
+        """Whether a transformers config.json describes a model that PackedEncoder can run."""
+        return (
+            config.get("model_type") == "bert"
+            and config.get("position_embedding_type", "absolute") == "absolute"
+            and config.get("hidden_act", "gelu") in _ACTIVATIONS
+            and not config.get("is_decoder", False)
+        )
+
+    @classmethod
+    def from_dict(cls, config: Mapping, *, dropout: float = 0.0) -> "PackedConfig":
+        """From the contents of a transformers config.json; its dropout rates are not taken over."""
+        fields = [field for field in dataclasses.fields(cls) if field.name != "dropout"]
+        required = [field.name for field in fields if field.default is dataclasses.MISSING]
+        missing = [name for name in required if name not in config]
+        if missing:
+            raise InputError(f"config.json: {', '.join(missing)} missing; expected the config of a BERT model")
+        values = {field.name: config[field.name] for field in fields if config.get(field.name) is not None}
+        return cls(**values, dropout=dropout)
+
+    def to_dict(self) -> dict:
+        """The contents of config.json, as transformers reads it."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name != "dropout"}
+        return {"architectures": ["BertModel"], "model_type": "bert", "position_embedding_type": "absolute", **values}
+
+
+class PackedEncoder(nn.Module):
+    """BERT encoder on packed tokens: PackedBatch -> (T, hidden_size).
+
+    Parameter names equal transformers' `BertModel` without its pooler, so weights load and save one to one.
+    Runs and trains on CPU and CUDA in any float dtype; LayerNorm and softmax accumulate in fp32.
+    """
+
+    def __init__(self, config: PackedConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = _Embeddings(config)
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    @property
+    def width(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence that has positions."""
+        return self.config.max_position_embeddings
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        if batch.max_seqlen > self.max_length:
+            raise InputError(
+                f"batch: a sequence of {batch.max_seqlen} tokens; this model has {self.max_length} positions"
+            )
+        padding = Padding(batch)
+        x = self.embeddings(batch, padding)
+        for layer in self.encoder.layer:
+            x = layer(x, padding)
+        return x
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: PackedConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, batch: PackedBatch, padding: Padding) -> torch.Tensor:
+        x = self.word_embeddings(batch.input_ids) + self.position_embeddings(padding.position)
+        if batch.token_type_ids is None:
+            x = x + self.token_type_embeddings.weight[0]
+        else:
+            x = x + self.token_type_embeddings(batch.token_type_ids)
+        return self.dropout(self.LayerNorm(x))
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, config: PackedConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.dropout = config.dropout
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor, padding: Padding) -> torch.Tensor:
+        tokens, width = x.shape
+        if tokens == 0:
+            return x
+        q, k, v = (
+            padding.pad(linear(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        mask = None if padding.trivial else padding.key_mask
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return padding.unpad(out.transpose(1, 2)).reshape(tokens, width)
+
+
+class _Residual(nn.Module):
+    """Linear, dropout, residual, LayerNorm: the end of both halves of a layer."""
+
+    def __init__(self, inner: int, config: PackedConfig):
+        super().__init__()
+        self.dense = nn.Linear(inner, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: PackedConfig):
+        super().__init__()
+        self.attention = nn.Module()
+        self.attention.self = _SelfAttention(config)
+        self.attention.output = _Residual(config.hidden_size, config)
+        self.intermediate = nn.Module()
+        self.intermediate.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.output = _Residual(config.intermediate_size, config)
+        self.activation = _ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: torch.Tensor, padding: Padding) -> torch.Tensor:
+        x = self.attention.output(self.attention.self(x, padding), x)
+        return self.output(self.activation(self.intermediate.dense(x)), x)

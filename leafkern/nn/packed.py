@@ -1,0 +1,128 @@
+"""Packed batches: the tokens of all sequences end to end, without padding, and the way in and out of padding."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from leafkern.errors import InputError
+
+
+class PackedBatch(NamedTuple):
+    """B sequences of T tokens in all, end to end.
+
+    input_ids: (T,) int64. cu_seqlens: (B+1,) int32, from 0 to T; sequence b is the tokens cu_seqlens[b] to
+    cu_seqlens[b+1] - 1 and may be empty. max_seqlen: the longest sequence. token_type_ids: None (all zero) or (T,).
+    """
+
+    input_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    token_type_ids: torch.Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """B, the number of sequences."""
+        return self.cu_seqlens.numel() - 1
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        move = {"device": device, "non_blocking": True}
+        types = None if self.token_type_ids is None else self.token_type_ids.to(**move)
+        return PackedBatch(self.input_ids.to(**move), self.cu_seqlens.to(**move), self.max_seqlen, types)
+
+
+def pack(token_ids: Sequence[np.ndarray]) -> PackedBatch:
+    """The token ids of B sequences (1-D integer arrays) as one batch on the CPU."""
+    for row, ids in enumerate(token_ids):
+        if np.ndim(ids) != 1:
+            raise InputError(f"token_ids: row {row} has shape {np.shape(ids)}; expected one dimension")
+    lengths = np.fromiter((len(ids) for ids in token_ids), np.int64, len(token_ids))
+    cu_seqlens = np.zeros(len(token_ids) + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    packed = np.concatenate(token_ids).astype(np.int64) if len(token_ids) else np.empty(0, np.int64)
+    return PackedBatch(torch.from_numpy(packed), torch.from_numpy(cu_seqlens), int(lengths.max(initial=0)))
+
+
+class Padding:
+    """Where each packed token stands in the padded (B, L) form of a batch; L is the longest sequence.
+
+    The gradients of `pad` and `unpad` are each other's gather, so no scatter-add is needed and both are
+    deterministic on every device.
+    """
+
+    def __init__(self, batch: PackedBatch):
+        self.tokens = batch.input_ids.numel()
+        self.size = batch.size
+        self.longest = batch.max_seqlen
+        self.cu_seqlens = batch.cu_seqlens.long()
+        # Known from the shapes alone: no synchronisation with a GPU.
+        self.trivial = self.tokens == self.size * self.longest
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        return self.cu_seqlens.diff()
+
+    @cached_property
+    def sequence(self) -> torch.Tensor:
+        """(T,): the sequence of each token."""
+        numbers = torch.arange(self.size, device=self.cu_seqlens.device)
+        return torch.repeat_interleave(numbers, self.lengths, output_size=self.tokens)
+
+    @cached_property
+    def position(self) -> torch.Tensor:
+        """(T,): the place of each token in its sequence."""
+        return torch.arange(self.tokens, device=self.cu_seqlens.device) - self.cu_seqlens[self.sequence]
+
+    @cached_property
+    def place(self) -> torch.Tensor:
+        """(T,): row of each token in the padded form flattened to (B·L, …)."""
+        return self.sequence * self.longest + self.position
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """(B, L) bool: True at tokens."""
+        return torch.arange(self.longest, device=self.cu_seqlens.device) < self.lengths[:, None]
+
+    @cached_property
+    def key_mask(self) -> torch.Tensor:
+        """(B, 1, 1, L) bool for attention: an empty sequence keeps one key, so that no softmax is over nothing."""
+        keys = torch.arange(self.longest, device=self.cu_seqlens.device) < self.lengths.clamp(min=1)[:, None]
+        return keys[:, None, None]
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, …) -> (B, L, …), zeros where there is no token."""
+        if not self.trivial:
+            x = _Pad.apply(x, self.place, self.size * self.longest)
+        return x.view(self.size, self.longest, *x.shape[1:])
+
+    def unpad(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, …) -> (T, …)."""
+        x = x.reshape(self.size * self.longest, *x.shape[2:])
+        return x if self.trivial else _Unpad.apply(x, self.place)
+
+
+class _Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, place, rows):
+        ctx.save_for_backward(place)
+        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, place, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (place,) = ctx.saved_tensors
+        return grad.index_select(0, place), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, place):
+        ctx.save_for_backward(place)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (place,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, place, grad), None

@@ -1,0 +1,65 @@
+"""Backbones of other families than BERT, through transformers' AutoModel."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from leafkern.errors import InputError
+from leafkern.nn.packed import PackedBatch, Padding
+
+
+class TransformersBackbone(nn.Module):
+    """Any encoder or decoder that transformers' AutoModel opens: PackedBatch -> (T, width).
+
+    The batch is padded on the right inside; the last hidden states are packed again.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        if model.config.is_encoder_decoder:
+            raise InputError(
+                f"model: {model.config.model_type!r} is an encoder-decoder; expected an encoder or a decoder alone"
+            )
+        self.model = model
+
+    @classmethod
+    def from_folder(cls, folder: Path, dtype: torch.dtype) -> "TransformersBackbone":
+        from transformers import AutoModel
+
+        try:
+            model = AutoModel.from_pretrained(
+                str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"model: transformers can't open {folder}: {error}") from None
+        return cls(model)
+
+    @property
+    def width(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that has positions, where the config says so."""
+        config = self.model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        # RoBERTa and its relatives start counting positions after the padding index.
+        offset = config.pad_token_id + 1 if hasattr(self.model, "embeddings") and _counts_from_padding(self.model) else 0
+        return None if positions is None or positions < 0 else positions - offset
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        padding = Padding(batch)
+        if padding.tokens == 0:
+            return torch.zeros(0, self.width, device=batch.input_ids.device, dtype=self.model.dtype)
+        mask = padding.mask
+        fill = self.model.config.get_text_config().pad_token_id or 0
+        ids = padding.pad(batch.input_ids).masked_fill(~mask, fill)
+        more = {} if batch.token_type_ids is None else {"token_type_ids": padding.pad(batch.token_type_ids)}
+        states = self.model(input_ids=ids, attention_mask=mask.long(), **more).last_hidden_state
+        return padding.unpad(states)
+
+
+def _counts_from_padding(model: nn.Module) -> bool:
+    positions = getattr(model.embeddings, "position_embeddings", None)
+    return isinstance(positions, nn.Embedding) and positions.padding_idx is not None
