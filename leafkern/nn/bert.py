@@ -5,7 +5,7 @@ and v are padded, to the longest sequence of the batch, for the attention itself
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +107,19 @@ class PackedEncoder(nn.Module):
     def max_length(self) -> int:
         """The longest sequence that has positions."""
         return self.config.max_position_embeddings
+
+    def description(self) -> dict:
+        """What a fingerprint covers beside the weights."""
+        return self.config.to_dict()
+
+    def with_layers(self, layers: Sequence[int], *, dropout: float = 0.0) -> "PackedEncoder":
+        """A new encoder with copies of the embeddings and of these layers, in the order given."""
+        config = dataclasses.replace(self.config, num_hidden_layers=len(layers), dropout=dropout)
+        chosen = PackedEncoder(config).to(self.embeddings.word_embeddings.weight)
+        chosen.embeddings.load_state_dict(self.embeddings.state_dict())
+        for new, number in zip(chosen.encoder.layer, layers, strict=True):
+            new.load_state_dict(self.encoder.layer[number].state_dict())
+        return chosen
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         if batch.max_seqlen > self.max_length:

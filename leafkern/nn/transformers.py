@@ -45,8 +45,13 @@ class TransformersBackbone(nn.Module):
         config = self.model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
         # RoBERTa and its relatives start counting positions after the padding index.
-        offset = config.pad_token_id + 1 if hasattr(self.model, "embeddings") and _counts_from_padding(self.model) else 0
+        offset = config.pad_token_id + 1 if _counts_from_padding(self.model) else 0
         return None if positions is None or positions < 0 else positions - offset
+
+    def description(self) -> dict:
+        """What a fingerprint covers beside the weights."""
+        config = self.model.config.to_dict()
+        return {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         padding = Padding(batch)
@@ -61,5 +66,5 @@ class TransformersBackbone(nn.Module):
 
 
 def _counts_from_padding(model: nn.Module) -> bool:
-    positions = getattr(model.embeddings, "position_embeddings", None)
+    positions = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
     return isinstance(positions, nn.Embedding) and positions.padding_idx is not None

@@ -1,5 +1,7 @@
 """The definition of mean pooling in plain PyTorch."""
 
+import itertools
+
 import torch
 
 
@@ -7,9 +9,7 @@ def brute_mean_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, normalize: bool) 
     """One sequence at a time; differentiable; accumulates in float32 or x's wider dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     bounds = cu_seqlens.tolist()
-    rows = [
-        wide[start:end].sum(0) / max(end - start, 1) for start, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    rows = [wide[start:end].sum(0) / max(end - start, 1) for start, end in itertools.pairwise(bounds)]
     pooled = torch.stack(rows) if rows else wide.new_zeros(0, x.shape[1])
     return brute_normalize(pooled) if normalize else pooled
 
