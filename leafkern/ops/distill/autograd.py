@@ -1,0 +1,62 @@
+"""Forward/backward pair of the alignment loss and its registration with torch.library."""
+
+import torch
+
+from leafkern.ops._core.normalize import at_least_float32, normalize_rows
+from leafkern.ops._core.registration import register
+from leafkern.ops.distill.reference import KINDS
+
+_L2SQ, _L2, _MSE, _COSINE = (KINDS.index(kind) for kind in ("l2sq", "l2", "mse", "cosine"))
+
+
+def _wide(student, teacher):
+    dtype = at_least_float32(torch.promote_types(student.dtype, teacher.dtype))
+    return student.to(dtype), teacher.to(dtype)
+
+
+def _alignment_loss(student, teacher, kind):
+    s, t = _wide(student, teacher)
+    rows = max(s.shape[0], 1)
+    if kind == _COSINE:
+        return (1 - (normalize_rows(s) * normalize_rows(t)).sum(-1)).sum() / rows
+    if kind == _L2:
+        return torch.linalg.vector_norm(s - t, dim=-1).sum() / rows
+    return (s - t).square().sum() / (max(s.numel(), 1) if kind == _MSE else rows)
+
+
+def _alignment_loss_fake(student, teacher, kind):
+    dtype = at_least_float32(torch.promote_types(student.dtype, teacher.dtype))
+    return student.new_empty((), dtype=dtype)
+
+
+def _alignment_loss_context(ctx, inputs, output):
+    student, teacher, ctx.kind = inputs
+    ctx.save_for_backward(student, teacher)
+
+
+def _alignment_loss_backward(ctx, grad):
+    student, teacher = ctx.saved_tensors
+    s, t = _wide(student, teacher)
+    rows = max(s.shape[0], 1)
+    if ctx.kind == _COSINE:
+        norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+        unit, target = normalize_rows(s), normalize_rows(t)
+        # Below the clamp n(x) = x / 1e-12 is linear: nothing is projected out.
+        along = torch.where(norm >= 1e-12, (unit * target).sum(-1, keepdim=True), 0.0)
+        scale = torch.where(norm == 0, torch.inf, norm.clamp(min=1e-12))
+        direction = (along * unit - target) / scale / rows
+    elif ctx.kind == _L2:
+        norm = torch.linalg.vector_norm(s - t, dim=-1, keepdim=True)
+        direction = (s - t) / torch.where(norm == 0, torch.inf, norm) / rows
+    else:
+        direction = (s - t) * (2 / (max(s.numel(), 1) if ctx.kind == _MSE else rows))
+    return (grad * direction).to(student.dtype), None, None
+
+
+alignment_loss = register(
+    "alignment_loss(Tensor student, Tensor teacher, int kind) -> Tensor",
+    _alignment_loss,
+    _alignment_loss_fake,
+    setup_context=_alignment_loss_context,
+    backward=_alignment_loss_backward,
+)
