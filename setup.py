@@ -84,6 +84,7 @@ extensions = native_extensions()
 setup(
     packages=[*find_packages(include=["leafkern", "leafkern.*"]), "leafkern.bench"],
     package_dir={"leafkern.bench": "bench"},
+    package_data={"leafkern.bench": ["*.cpp"]},
     ext_modules=extensions,
     cmdclass={"build_ext": optional_build_ext()} if extensions else {},
 )
