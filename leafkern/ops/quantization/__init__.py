@@ -119,7 +119,8 @@ def calibrate(x: torch.Tensor, precision: str, *, method: str = "minmax") -> tor
     return torch.stack([x.amin(0), x.amax(0)]).float()
 
 
-def _default_ranges(x: torch.Tensor, precision: str) -> torch.Tensor:
+def default_ranges(x: torch.Tensor, precision: str) -> torch.Tensor:
+    """The ranges that `quantize` takes for x when it is given none."""
     if len(x) >= CALIBRATION_ROWS:
         return torch.stack([x.amin(0), x.amax(0)]).float()
     if values_checked(x):
@@ -176,7 +177,7 @@ def quantize(x: torch.Tensor, precision: str, *, ranges: torch.Tensor | None = N
     x = x.detach()
     choose("quantization", {"reference": None})
     if needs_ranges:
-        ranges = _default_ranges(x, precision) if ranges is None else _checked_ranges(ranges, x)
+        ranges = default_ranges(x, precision) if ranges is None else _checked_ranges(ranges, x)
     return Quantized(*reference.quantize(x, precision, ranges), precision, x.shape[1])
 
 
