@@ -2,12 +2,15 @@
 
 import torch
 
+from leafkern.errors import InputError, unknown_name
 from leafkern.ops._core.backend import choose
 from leafkern.ops._core.checks import check_cu_seqlens, check_floating, check_same_device
 from leafkern.ops._core.normalize import normalize_rows
 from leafkern.ops.pooling import autograd
 
-__all__ = ["mean_pool"]
+__all__ = ["mean_pool", "norm_mean_pool"]
+
+NORMS = ("layer", "rms")
 
 
 def mean_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, *, normalize: bool = False) -> torch.Tensor:
@@ -23,4 +26,45 @@ def mean_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, *, normalize: bool = Fa
     check_same_device(x=x, cu_seqlens=cu_seqlens)
     choose("pooling", {"reference": None})
     pooled = autograd.mean_pool(x, cu_seqlens)
+    return normalize_rows(pooled) if normalize else pooled
+
+
+def norm_mean_pool(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    *,
+    eps: float,
+    kind: str = "layer",
+    normalize: bool = True,
+) -> torch.Tensor:
+    """The end of an encoder in one operation: norm(x + residual), mean over each sequence, unit length.
+
+    x, residual: (T, D), any float dtype; residual may be None. weight: (D,); bias: (D,) or None. cu_seqlens: (B+1,)
+    int32, rising from 0 to T. kind: "layer" (Ba et al., arXiv 1607.06450: mean and biased variance over D) or "rms"
+    (Zhang and Sennrich, arXiv 1910.07467); eps is added to the variance or mean square. Returns (B, D) in float32
+    (float64 for float64 input); statistics and sums are accumulated in that dtype. An empty sequence pools to 0.
+    normalize: divide each row by max(‖row‖, 1e-12); a zero row stays zero, with gradient 0.
+    Differentiable in x, residual, weight and bias. The normalised tokens never exist as a whole in the forward pass.
+    """
+    x = check_floating("x", x, ndim=2)
+    if residual is not None:
+        check_floating("residual", residual, ndim=2)
+        if residual.shape != x.shape:
+            raise InputError(f"residual: shape {tuple(residual.shape)}; expected that of x, {tuple(x.shape)}")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is None and name == "bias":
+            continue
+        if check_floating(name, vector, ndim=1).shape[0] != x.shape[1]:
+            raise InputError(f"{name}: {vector.shape[0]} entries; expected D = {x.shape[1]}")
+    if kind not in NORMS:
+        raise unknown_name("kind", kind, NORMS)
+    if not eps >= 0:
+        raise InputError(f"eps: {eps}; expected a number that is not negative")
+    check_cu_seqlens(cu_seqlens, x.shape[0])
+    check_same_device(x=x, residual=residual, weight=weight, bias=bias, cu_seqlens=cu_seqlens)
+    choose("pooling", {"reference": None})
+    pooled = autograd.norm_mean_pool(x, residual, weight, bias, cu_seqlens, float(eps), kind == "layer")
     return normalize_rows(pooled) if normalize else pooled
