@@ -16,6 +16,23 @@ class BackendError(RuntimeError):
     """A backend forced by LEAFKERN_BACKEND can't serve this case."""
 
 
+class NonFiniteLossError(RuntimeError):
+    """Training met NaN or infinity (command line: exit 1).
+
+    step: counted from 1. texts: where each text that gives no finite vector stands, else the whole batch's, as
+    file:number. checkpoint: the last one saved, or None.
+    """
+
+    def __init__(self, step: int, loss: float, grad_norm: float, texts: list[str], checkpoint: object):
+        self.step, self.texts, self.checkpoint = step, texts, checkpoint
+        more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
+        super().__init__(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}; texts: {', '.join(texts[:8])}{more}; "
+            f"last good checkpoint: {checkpoint or 'none was saved'}; a lower optimiser.lr or an optimiser.clip_norm "
+            "of 1 usually helps"
+        )
+
+
 def unknown_name(argument: str, name: object, valid: Iterable[str]) -> InputError:
     """An InputError for `name`, with the nearest of the `valid` names."""
     valid = sorted(valid)
