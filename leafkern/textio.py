@@ -229,12 +229,13 @@ def read_vectors(path: str | os.PathLike) -> Vectors:
     return Vectors(texts, vectors)
 
 
-def check_finite(name: str, vectors: np.ndarray) -> None:
-    """Names the first row of `vectors` (N, D) that holds NaN or infinity."""
+def check_finite(name: str, vectors: np.ndarray, first_row: int = 0) -> None:
+    """Names the first row of `vectors` (N, D), counted from `first_row`, that holds NaN or infinity."""
     for start in range(0, len(vectors), BLOCK_ROWS):
         bad = ~np.isfinite(vectors[start : start + BLOCK_ROWS]).all(axis=1)
         if bad.any():
-            raise InputError(f"{name}: row {start + int(bad.argmax())} holds NaN or infinity; expected finite values")
+            row = first_row + start + int(bad.argmax())
+            raise InputError(f"{name}: row {row} holds NaN or infinity; expected finite values")
 
 
 def _safetensors_matrix(path) -> np.ndarray:

@@ -1,0 +1,125 @@
+"""Vectors and ids as callers give them to an index, checked and brought to one form."""
+
+import numbers
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from leafkern.errors import InputError
+from leafkern.ops import quantize
+from leafkern.ops.quantization import CALIBRATION_ROWS, default_ranges
+from leafkern.textio import check_finite
+
+_BLOCK_VALUES = 1 << 22
+
+
+def matrix(name: str, x: object) -> np.ndarray:
+    """`x`, a floating-point numpy array or torch tensor (N, D), as numpy on the CPU."""
+    if isinstance(x, torch.Tensor):
+        x = x.detach().cpu()
+        x = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    if not isinstance(x, np.ndarray):
+        raise InputError(f"{name}: expected a numpy array or torch tensor (N, D), got {type(x).__name__}")
+    if x.ndim != 2 or x.shape[1] < 1 or x.dtype.kind != "f":
+        raise InputError(f"{name}: expected a floating-point matrix (N, D), got {x.dtype} of shape {x.shape}")
+    return x
+
+
+class Rows:
+    """`count` vectors of `width`, from a matrix or from an iterable of matrices (kept in a file meanwhile).
+
+    A context manager; `blocks` may be called repeatedly.
+    """
+
+    def __init__(self, vectors: object, folder: Path, width: int | None):
+        self._file = None
+        if isinstance(vectors, np.ndarray | torch.Tensor):
+            self._values = matrix("vectors", vectors)
+        elif isinstance(vectors, Iterable):
+            self._file = tempfile.TemporaryFile(dir=folder)
+            try:
+                self._values = self._spooled(vectors, width)
+            except BaseException:
+                self._file.close()
+                raise
+        else:
+            raise InputError(f"vectors: expected a matrix (N, D) or an iterable of them, got {type(vectors).__name__}")
+        self.count, self.width = self._values.shape
+
+    def __enter__(self) -> "Rows":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._values = None
+        if self._file is not None:
+            self._file.close()
+
+    def _spooled(self, blocks: Iterable, width: int | None) -> np.ndarray:
+        count = 0
+        for block in blocks:
+            block = matrix("vectors", block)
+            width = block.shape[1] if width is None else width
+            if block.shape[1] != width:
+                raise InputError(f"vectors: a block of width {block.shape[1]}; expected {width}")
+            check_finite("vectors", block, count)
+            self._file.write(np.ascontiguousarray(block, dtype=np.float32))
+            count += len(block)
+        if width is None:
+            raise InputError("width: needed for an index of no vectors at all")
+        self._file.flush()
+        if count == 0:
+            return np.zeros((0, width), np.float32)
+        return np.memmap(self._file, dtype=np.float32, mode="r", shape=(count, width))
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Consecutive rows, float32."""
+        step = max(1, _BLOCK_VALUES // self.width)
+        for start in range(0, self.count, step):
+            yield torch.from_numpy(np.array(self._values[start : start + step], dtype=np.float32))
+
+    def check_finite(self) -> None:
+        check_finite("vectors", self._values)
+
+    def ranges(self, precision: str) -> torch.Tensor:
+        """The ranges that `quantize` takes for these vectors when it is given none: float32 (2, D)."""
+        if self.count < CALIBRATION_ROWS:
+            return default_ranges(torch.from_numpy(np.array(self._values, dtype=np.float32)), precision)
+        low = torch.full((self.width,), float("inf"))
+        high = -low
+        for block in self.blocks():
+            low, high = torch.minimum(low, block.amin(0)), torch.maximum(high, block.amax(0))
+        return torch.stack([low, high])
+
+    def clipped(self, ranges: torch.Tensor) -> int:
+        """How many values lie outside `ranges`."""
+        return sum(int(((block < ranges[0]) | (block > ranges[1])).sum()) for block in self.blocks())
+
+    def codes(self, precision: str, ranges: torch.Tensor | None) -> Iterator[np.ndarray]:
+        """The codes of `blocks`."""
+        for block in self.blocks():
+            yield quantize(block, precision, ranges=ranges).codes.numpy()
+
+
+def id_array(ids: object) -> pa.Array:
+    """`ids`, integers of 64 bits or strings, as an Arrow array of int64 or large_string."""
+    if isinstance(ids, torch.Tensor):
+        ids = ids.cpu().numpy()
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise InputError(f"ids: expected a sequence of int or str, got {type(ids).__name__}")
+    if isinstance(ids, np.ndarray) and ids.ndim != 1:
+        raise InputError(f"ids: expected one dimension, got shape {ids.shape}")
+    if isinstance(ids, np.ndarray) and ids.dtype.kind == "i":
+        return pa.array(ids.astype(np.int64))
+    values = list(ids)
+    kind = str if values and isinstance(values[0], str) else numbers.Integral
+    for row, value in enumerate(values):
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise InputError(f"ids: entry {row} is {value!r}; expected all int or all str")
+    try:
+        return pa.array(values, pa.large_string() if kind is str else pa.int64())
+    except (OverflowError, pa.ArrowInvalid, UnicodeEncodeError) as error:
+        raise InputError(f"ids: {error}") from None

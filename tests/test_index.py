@@ -1,0 +1,391 @@
+"""The index on disk: exact against the operation, whole after a crash at any step, strict about its files."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from leafkern import Index, files
+from leafkern.errors import DamagedFileError, InputError
+from leafkern.index import PRECISIONS, ClippedWarning
+from leafkern.ops import quantize, search
+from leafkern.textio import safetensors_header
+
+pytestmark = pytest.mark.filterwarnings("ignore::leafkern.ops._core.backend.FallbackWarning")
+
+
+def unit(n, d=24, seed=None):
+    x = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def segment_of(path):
+    (file,) = path.glob("segment-*")
+    return file
+
+
+@pytest.mark.parametrize("width", [1, 7, 24])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_equals_the_operation(tmp_path, precision, width):
+    x, queries = unit(211, width), unit(9, width)
+    for rescore in (None, "float16"):
+        index = Index.build(tmp_path / f"{rescore}", x, precision=precision, rescore=rescore)
+        fine = None
+        if rescore and precision not in ("float32", "float16"):
+            fine = quantize(torch.from_numpy(x), rescore)
+        coarse = quantize(torch.from_numpy(x), precision)
+        scores, rows = search(torch.from_numpy(queries), coarse, 5, rescore=fine, oversample=3)
+        for opened in (index, Index.open(tmp_path / f"{rescore}", width=width, precision=precision)):
+            got_scores, got_ids = opened.search(queries, 5, oversample=3)
+            np.testing.assert_array_equal(got_ids, rows.numpy())
+            np.testing.assert_array_equal(got_scores, scores.numpy())
+        index.verify()
+
+
+@pytest.mark.parametrize("rescore", ["float32", "int8", "int4"])
+def test_rescore_precisions(tmp_path, rescore):
+    x = unit(150)
+    index = Index.build(tmp_path / "i", x, precision="binary", rescore=rescore)
+    base, fine = quantize(torch.from_numpy(x), "binary"), quantize(torch.from_numpy(x), rescore)
+    _, rows = search(torch.from_numpy(x[:7]), base, 4, rescore=fine)
+    np.testing.assert_array_equal(index.search(x[:7], 4)[1], rows.numpy())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 99, 100])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_few_rows_do_not_collapse(tmp_path, precision, rows):
+    x = unit(rows, 300)
+    index = Index.build(tmp_path / "i", x, precision=precision, rescore=None)
+    assert len(np.unique(Index.open(tmp_path / "i")._tensors[0]["codes"][0])) > 3
+    np.testing.assert_array_equal(index.search(x, 1)[1][:, 0], np.arange(rows))
+
+
+def test_blocks_give_the_same_file_content(tmp_path):
+    x = unit(230)
+    Index.build(tmp_path / "whole", x)
+    Index.build(tmp_path / "blocks", (x[start : start + 50] for start in range(0, 230, 50)))
+    for ours, other in zip(
+        Index.open(tmp_path / "whole")._tensors[0].items(), Index.open(tmp_path / "blocks")._tensors[0].items()
+    ):
+        assert ours[0] == other[0]
+        assert torch.equal(ours[1], other[1])
+    with pytest.raises(InputError, match="row 61 holds NaN"):
+        Index.build(tmp_path / "bad", (np.full((1, 24), np.nan, np.float32) if i == 61 else x[:1] for i in range(70)))
+    assert not (tmp_path / "bad").exists()
+
+
+def test_ids_texts_and_order(tmp_path):
+    x = unit(5)
+    x[3] = x[1]
+    names = ["ä", "", "c" * 300, "d", "e"]
+    texts = ["one", "zwei ✓", "", "four", "five"]
+    index = Index.build(tmp_path / "i", x, ids=names, texts=texts, precision="float32")
+    scores, ids = index.search(x[1:2], 9)
+    assert scores.shape == ids.shape == (1, 5)
+    assert list(ids[0, :2]) == ["", "d"]  # equal scores: the lower insertion number first
+    _, rows = index.search_rows(x[1:2], 2)
+    assert list(index.texts_at(rows)[0]) == ["zwei ✓", "four"]
+    index.add(unit(1), ids=["f"], texts=["six"])
+    assert index.remove(["ä", "d"]) == 2
+    index = Index.open(tmp_path / "i")
+    assert list(index.ids_at(np.arange(4))) == ["", "c" * 300, "e", "f"]
+    assert list(index.texts_at(np.arange(4))) == ["zwei ✓", "", "five", "six"]
+    index.verify()
+
+
+def test_integer_ids_number_on(tmp_path):
+    index = Index.build(tmp_path / "i", unit(3), ids=np.array([-5, 10, 2**40]))
+    index.add(unit(2))
+    assert list(index.ids_at(np.arange(5))) == [-5, 10, 2**40, 2**40 + 1, 2**40 + 2]
+    index.remove([2**40 + 2])
+    index.add(unit(1))
+    assert index.ids_at(np.array([4]))[0] == 2**40 + 3  # an id is never given twice
+
+
+def test_empty(tmp_path):
+    index = Index.build(tmp_path / "i", np.zeros((0, 24), np.float32))
+    for opened in (index, Index.open(tmp_path / "i")):
+        scores, ids = opened.search(unit(4), 10)
+        assert scores.shape == ids.shape == (4, 0)
+        assert scores.dtype == np.float32
+    x = unit(120) * 3
+    assert index.add(x, ids=[f"n{i}" for i in range(120)]) == 0  # the first vectors set the ranges
+    assert index.search(x[:3], 1)[1][:, 0].tolist() == ["n0", "n1", "n2"]
+    assert index.search(np.zeros((0, 24), np.float32), 10)[1].shape == (0, 10)
+    assert index.remove([f"n{i}" for i in range(120)]) == 120
+    assert len(Index.open(tmp_path / "i")) == 0
+    index.add(unit(2))
+    index.verify()
+
+
+def test_add_reports_clipped_values(tmp_path):
+    x = unit(200)
+    index = Index.build(tmp_path / "i", x)
+    new = x[:4].copy()
+    new[1, 3], new[2, 5] = 9, -9
+    with pytest.warns(ClippedWarning, match="2 of 96 values"):
+        assert index.add(new) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert index.add(x[:3]) == 0
+
+
+def test_refusals(tmp_path):
+    x = unit(120)
+    index = Index.build(tmp_path / "i", x, encoder="abc", prompt="query: ")
+
+    def refused(message, call, *args, **options):
+        with pytest.raises(InputError, match=message):
+            call(*args, **options)
+
+    refused("unknown name 'int9'; did you mean 'int8'", Index.build, tmp_path / "j", x, precision="int9")
+    refused("unknown name 'binary'", Index.build, tmp_path / "j", x, rescore="binary")
+    refused("int8 is not finer than the precision int8", Index.build, tmp_path / "j", x, rescore="int8")
+    refused("7 for 120 vectors", Index.build, tmp_path / "j", x, ids=range(7))
+    refused("ids: 3 is given more than once", Index.build, tmp_path / "j", x[:3], ids=[3, 1, 3])
+    refused("entry 1 is 2; expected all int or all str", Index.build, tmp_path / "j", x[:2], ids=["a", 2])
+    refused("expected a sequence of int or str", Index.build, tmp_path / "j", x[:2], ids="ab")
+    refused("floating-point matrix", Index.build, tmp_path / "j", x[0])
+    refused("no index here", Index.open, tmp_path / "j")
+    assert not (tmp_path / "j").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    refused("holds 'thesis.txt'", Index.build, tmp_path / "mine", x)
+    bad = x.copy()
+    bad[77, 2] = np.inf
+    refused("vectors: row 77 holds NaN or infinity", Index.build, tmp_path / "i", bad)
+    refused("vectors: row 77", index.add, bad)
+    refused("queries: row 77", index.search, bad, 3)
+    refused("width: .* built with width 24, not 23", index.add, x[:, :23])
+    refused("width: .* built with width 24, not 23", index.search, x[:, :23], 3)
+    refused("width", Index.open, tmp_path / "i", width=12)
+    refused("precision: .* 'int8', not 'binary'", Index.open, tmp_path / "i", precision="binary")
+    refused("encoder: .* 'abc', not 'xyz'", index.search, x, 3, encoder="xyz")
+    refused("prompt: .* 'query: ', not ''", index.add, x, prompt="")
+    refused("ids: 5 is already in the index", index.add, x[:2], [500, 5])
+    refused("the index has int64 ids, got 'a'", index.add, x[:1], ["a"])
+    refused("ids: 999 is not in the index", index.remove, [3, 999])
+    refused("'a' is not in the index", index.remove, ["a"])
+    refused("built without texts", index.add, x[:1], texts=["a"])
+    refused("k: expected an int >= 1, got 0", index.search, x, 0)
+    assert len(Index.open(tmp_path / "i")) == 120
+
+
+def test_a_stale_handle_does_not_undo_another_writer(tmp_path):
+    x = unit(120)
+    first = Index.build(tmp_path / "i", x)
+    second = Index.open(tmp_path / "i")
+    first.add(x[:2])
+    assert second.search(x[:1], 1)[1].tolist() == [[0]]  # what it has mapped stays whole
+    with pytest.raises(InputError, match="changed on disk since it was opened"):
+        second.remove([0])
+    assert len(Index.open(tmp_path / "i")) == 122
+
+
+OPERATIONS = {
+    "build anew": lambda index, x: Index.build(index.path, x[:60], precision="binary"),
+    "add": lambda index, x: index.add(x[:3]),
+    "remove": lambda index, x: index.remove([0, 17]),
+    "remove all": lambda index, x: index.remove(range(120)),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_crash_at_every_step(tmp_path, monkeypatch, operation):
+    x = unit(120)
+
+    def steps_of(path, crash_at=None):
+        index, steps = Index.build(path, x), []
+
+        def step(name, where):
+            steps.append((name, where.name))
+            if len(steps) - 1 == crash_at:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "on_step", step)
+            try:
+                OPERATIONS[operation](index, x)
+            except KeyboardInterrupt:
+                assert len(steps) - 1 == crash_at
+        return steps
+
+    steps = steps_of(tmp_path / "done")
+    after = Index.open(tmp_path / "done")
+    visible = steps.index(("rename", "manifest.json"))
+    for crash_at in range(len(steps)):
+        path = tmp_path / str(crash_at)
+        steps_of(path, crash_at)
+        index = Index.open(path)
+        index.verify()
+        expected = (120, "int8") if crash_at <= visible else (len(after), after.precision)
+        assert (len(index), index.precision) == expected
+        if len(index):
+            np.testing.assert_array_equal(index.search(x[40:43], 1)[1][:, 0], [40, 41, 42])
+        index.add(x[:1])
+        assert sorted(entry.name for entry in path.iterdir()) == ["manifest.json", segment_of(path).name]
+    assert len(steps) >= 4
+
+
+def test_crash_of_a_first_build(tmp_path, monkeypatch):
+    for crash_at in range(20):
+        steps = []
+
+        def step(name, where, steps=steps, crash_at=crash_at):
+            steps.append(name)
+            if len(steps) - 1 == crash_at:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(files, "on_step", step)
+        path = tmp_path / str(crash_at)
+        try:
+            Index.build(path, unit(5))
+        except KeyboardInterrupt:
+            if (path / "manifest.json").exists():
+                Index.open(path).verify()
+            else:
+                assert not path.exists()
+        else:
+            assert crash_at == len(steps) == 8
+            return
+    raise AssertionError("the build never ended")
+
+
+WRITER = """
+import sys, numpy as np
+from leafkern import Index
+index = Index.open(sys.argv[1])
+x = np.random.default_rng(1).normal(size=(2000, 64)).astype(np.float32)
+print("ready", flush=True)
+while True:
+    index.add(x, texts=["text"] * len(x))
+    index.remove(np.arange(2000) + index._manifest["next_id"] - 2000)
+"""
+
+
+def test_killed_while_writing(tmp_path):
+    x = np.random.default_rng(0).normal(size=(2000, 64)).astype(np.float32)
+    path = tmp_path / "i"
+    Index.build(path, x, texts=["text"] * 2000)
+    for delay in np.random.default_rng().uniform(0, 0.25, 4):
+        writer = subprocess.Popen([sys.executable, "-W", "ignore", "-c", WRITER, path], stdout=subprocess.PIPE)
+        writer.stdout.readline()
+        time.sleep(delay)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        index = Index.open(path)
+        index.verify()
+        assert len(index) in (2000, 4000)
+        np.testing.assert_array_equal(index.search(x[:5], 1)[1][:, 0], np.arange(5))
+        if len(index) == 4000:
+            index.remove(index.ids_at(np.arange(2000, 4000)))
+    Index.open(path).add(x[:1], texts=["one"])
+    assert len(list(path.iterdir())) == 2
+
+
+def damaged(path, message, *, verify=False):
+    with pytest.raises(DamagedFileError, match=message):
+        (Index.open(path).verify if verify else lambda: Index.open(path))()
+
+
+def test_damaged_files(tmp_path):
+    def fresh(name, **options):
+        Index.build(tmp_path / name, unit(120), **options)
+        return tmp_path / name, segment_of(tmp_path / name)
+
+    path, file = fresh("truncated")
+    file.write_bytes(file.read_bytes()[:-10])
+    damaged(path, rf"{file.name}: .* truncated or altered")
+    path, file = fresh("missing")
+    file.unlink()
+    damaged(path, rf"{file.name}: the manifest names this segment, but it is missing")
+    path, file = fresh("garbage")
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    damaged(path, rf"{file.name}: not a segment of an index")
+    path, file = fresh("foreign")
+    _, other = fresh("other")
+    file.write_bytes(other.read_bytes())
+    damaged(path, rf"{file.name}: .*not a segment of this index|truncated")
+    path, file = fresh("bit")
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    Index.open(path)  # opening does not read the data
+    damaged(path, rf"{file.name}: damaged: SHA-256", verify=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"format": "other"}, DamagedFileError, "not the manifest of an index"),
+        ({"version": 2}, InputError, "format version 2; this leafkern reads version 1"),
+        ({"width": "24"}, DamagedFileError, "entry 'width' is missing or of the wrong type"),
+        ({"width": 23}, DamagedFileError, "codes is .* expected"),
+        ({"precision": "int4"}, DamagedFileError, "codes is .* expected"),
+        ({"precision": "x"}, DamagedFileError, "unknown precision 'x'"),
+        ({"ids": "string"}, DamagedFileError, "expected .*id_bytes"),
+        ({"count": 3}, DamagedFileError, "counts 3 rows"),
+        ({"segments": [3]}, DamagedFileError, "entry 'file' is missing"),
+        ({"segments": None}, DamagedFileError, "entry 'segments' is missing"),
+    ],
+)
+def test_damaged_manifests(tmp_path, change, error, message):
+    Index.build(tmp_path / "i", unit(120))
+    manifest = json.loads((tmp_path / "i" / "manifest.json").read_text())
+    (tmp_path / "i" / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(error, match=message):
+        Index.open(tmp_path / "i")
+
+
+def test_manifest_paths_are_confined(tmp_path):
+    Index.build(tmp_path / "i", unit(120))
+    file = tmp_path / "i" / "manifest.json"
+    for name in ("../other.safetensors", "/etc/passwd"):
+        manifest = json.loads(file.read_text())
+        manifest["segments"][0]["file"] = name
+        file.write_text(json.dumps(manifest))
+        with pytest.raises(DamagedFileError, match="lies outside the folder"):
+            Index.open(tmp_path / "i")
+    for content in ("", "[]", '{"format":', "\xff"):
+        file.write_bytes(content.encode("latin1"))
+        with pytest.raises(DamagedFileError, match=r"manifest\.json"):
+            Index.open(tmp_path / "i")
+    Index.build(tmp_path / "i", unit(3))  # building anew is the way out
+    assert len(Index.open(tmp_path / "i")) == 3
+    assert len(list((tmp_path / "i").iterdir())) == 2
+
+
+def test_opening_does_not_read_the_data(tmp_path):
+    """A segment of 10 GB, sparse on disk: opening and one search in it would take seconds if it were read."""
+    path = tmp_path / "i"
+    index = Index.build(path, unit(120, 1000), precision="int8", rescore=None)
+    file, manifest = segment_of(path), json.loads((path / "manifest.json").read_text())
+    rows = 10_000_000
+    arrays = {}
+    for name, tensor in index._tensors[0].items():
+        array = tensor[:0].numpy()
+        shape = (rows, *tensor.shape[1:]) if name in ("codes", "ids") else tuple(tensor.shape)
+        arrays[name] = array.dtype, shape
+    metadata = {"format": "leafkern-index-segment", "index": manifest["index"], "segment": file.name}
+    header = safetensors_header(dict(sorted(arrays.items(), key=lambda item: -item[1][0].itemsize)), metadata)
+    size = len(header) + sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in arrays.values())
+    with open(file, "wb") as stream:
+        stream.write(header)
+        stream.truncate(size)
+    manifest["count"] = manifest["segments"][0]["rows"] = rows
+    manifest["segments"][0]["bytes"] = size
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert len(Index.open(path)) == rows
+        times.append(time.perf_counter() - start)
+    assert size > 10e9
+    assert min(times) < 0.05
