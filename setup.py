@@ -68,14 +68,10 @@ def optional_build_ext():
             except Exception as error:
                 if os.environ.get("LEAFKERN_NATIVE") == "1":
                     raise
+                ext.optional = True  # an editable install then does not miss the file
                 print(f"leafkern: native kernels not built ({error}); the PyTorch reference serves", file=sys.stderr)
             finally:
                 self.compiler.compile = compile_objects
-
-        def copy_extensions_to_source(self):
-            # An extension that could not be built has nothing to copy.
-            self.extensions = [ext for ext in self.extensions if Path(self.get_ext_fullpath(ext.name)).exists()]
-            super().copy_extensions_to_source()
 
     return OptionalBuildExt
 

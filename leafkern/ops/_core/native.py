@@ -1,7 +1,13 @@
-"""Access to the compiled extension `leafkern._C`, which may be absent (no compiler at install)."""
+"""Access to the compiled extension `leafkern._C`, which may be absent (no compiler at install).
+
+The best instruction set that the CPU has serves; LEAFKERN_ISA=portable|avx2, read once, forces one.
+"""
 
 import functools
+import os
 from types import ModuleType
+
+from leafkern.errors import unknown_name
 
 
 @functools.cache
@@ -11,6 +17,11 @@ def library() -> tuple[ModuleType | None, str]:
         from leafkern import _C
     except ImportError as error:
         return None, f"leafkern._C is not built ({error}); install a C++ compiler and reinstall leafkern"
+    available = _C.instruction_sets()
+    isa = os.environ.get("LEAFKERN_ISA") or available[-1]
+    if isa not in available:
+        raise unknown_name("LEAFKERN_ISA (on this CPU)", isa, available)
+    _C.select_isa(isa)
     return _C, ""
 
 

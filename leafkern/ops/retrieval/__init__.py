@@ -8,7 +8,8 @@ from leafkern.errors import InputError
 from leafkern.ops._core.backend import choose
 from leafkern.ops._core.checks import check_finite_rows, check_floating, check_same_device, values_checked
 from leafkern.ops._core.registration import register
-from leafkern.ops.quantization import Quantized, reference as quantization
+from leafkern.ops.quantization import Quantized
+from leafkern.ops.quantization import reference as quantization
 from leafkern.ops.retrieval import native, reference
 
 MAX_QUERY_CODE = 63
@@ -23,7 +24,7 @@ def _integer_search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     candidates = {"reference": None}
     if u.device.type == "cpu":
-        candidates = {"native": native.unsuited(u, codes, k, bits, query_bits), **candidates}
+        candidates = {"native": native.unsuited(u, codes, k), **candidates}
     if choose("retrieval", candidates) == "native":
         return native.search(u, codes, k, bits, query_bits)
     return reference.blocked(u, codes, k, bits)

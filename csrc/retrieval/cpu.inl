@@ -1,0 +1,403 @@
+// The search kernels, compiled once per instruction set into namespace LEAFKERN_ISA. No templates or inline functions
+// of the standard library here: the linker might keep this object's copy for every caller.
+//
+// int8, int4 and bits share one register tile: 32 dimensions of a base row are decoded to unsigned bytes, multiplied
+// with three queries at a time, and the scores compared with the queries' thresholds before anything is stored.
+#include <climits>
+#include <cstring>
+
+#include "retrieval/search.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace leafkern {
+namespace LEAFKERN_ISA {
+namespace {
+
+#include "common/topk.inl"
+
+constexpr int kTile = 3;              // queries per register tile
+constexpr int kBlockBytes = 16 << 10;  // of base, kept in the first-level cache while all queries pass over it
+constexpr int kMaxGroup = 4;          // products in 16 bits before widening, where unrolled
+
+template <typename T>
+T least(T a, T b) {
+    return a < b ? a : b;
+}
+
+int vectors_of(int dim) { return (dim + 31) / 32; }
+int words_of(int dim) { return (dim + 63) / 64; }
+size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// ---- Decoding: 32 dimensions of a row as unsigned bytes. Tables map a place in the decoded vector to a dimension.
+
+struct Int8 {
+    static constexpr int kBytes = 32, kLargest = 255;
+    static int dimension(int place) { return place; }
+    static int value(const uint8_t* row, int place, uint8_t) { return row[place] ^ 0x80; }
+#if defined(__AVX2__)
+    static __m256i load(const uint8_t* row, __m256i) {
+        return _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)), _mm256_set1_epi8(-128));
+    }
+#endif
+};
+
+struct Int4 {
+    static constexpr int kBytes = 16, kLargest = 15;
+    // Even dimensions first: the low nibbles come out together.
+    static int dimension(int place) { return place < 16 ? 2 * place : 2 * (place - 16) + 1; }
+    static int value(const uint8_t* row, int place, uint8_t) { return place < 16 ? row[place] & 15 : row[place - 16] >> 4; }
+#if defined(__AVX2__)
+    static __m256i load(const uint8_t* row, __m256i) {
+        const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
+        const __m256i shifted = _mm256_srlv_epi64(both, _mm256_setr_epi64x(0, 0, 4, 4));
+        return _mm256_and_si256(shifted, _mm256_set1_epi8(15));
+    }
+#endif
+};
+
+struct Bits {
+    static constexpr int kBytes = 4, kLargest = 1;
+    static int dimension(int place) { return place; }
+    static int value(const uint8_t* row, int place, uint8_t flip) {
+        return (row[place / 8] ^ flip) >> (7 - place % 8) & 1;
+    }
+#if defined(__AVX2__)
+    static __m256i load(const uint8_t* row, __m256i flip) {
+        int32_t word;
+        std::memcpy(&word, row, 4);
+        const __m256i all = _mm256_xor_si256(_mm256_set1_epi32(word), flip);
+        const __m256i byte_of_place = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+        const __m256i bit_of_place = _mm256_set1_epi64x(0x0102040810204080);
+        const __m256i bit = _mm256_and_si256(_mm256_shuffle_epi8(all, byte_of_place), bit_of_place);
+        return _mm256_min_epu8(bit, _mm256_set1_epi8(1));
+    }
+#endif
+};
+
+// ---- Packed queries: per tile, how many vectors may be summed in 16 bits; then, tile by tile, 32 dimensions of each
+// of its queries in turn, in the order of the decoded vectors, zeros beyond D.
+
+struct Packed {
+    int tiles, vectors;
+    const int32_t* groups;
+    const int8_t* values;
+
+    Packed(const unsigned char* packed, int dim, int queries)
+        : tiles((queries + kTile - 1) / kTile),
+          vectors(vectors_of(dim)),
+          groups(reinterpret_cast<const int32_t*>(packed)),
+          values(reinterpret_cast<const int8_t*>(packed + aligned(sizeof(int32_t) * tiles))) {}
+    const int8_t* tile(int t) const { return values + static_cast<int64_t>(t) * kTile * vectors * 32; }
+};
+
+// Largest g such that, in every run of g vectors from a multiple of g on and every 16-bit lane, neither the positive
+// nor the negative values can leave 16 bits, whatever the base holds.
+int safe_group(const int8_t* query, int step, int vectors, int largest) {
+    for (int group = vectors; group > 1; group = group > kMaxGroup ? group / 2 : group - 1) {
+        bool safe = true;
+        for (int lane = 0; lane < 16 && safe; ++lane) {
+            int positive = 0, negative = 0;
+            for (int v = 0; v < vectors; ++v) {
+                if (v % group == 0) positive = negative = 0;
+                for (int i = 0; i < 2; ++i) {
+                    const int u = query[v * step + 2 * lane + i];
+                    (u > 0 ? positive : negative) += u;
+                }
+                safe = safe && positive * largest <= 32767 && negative * largest >= -32768;
+            }
+        }
+        if (safe) return group;
+    }
+    return 1;
+}
+
+template <class Code>
+void pack_values(int dim, const int8_t* u, int queries, unsigned char* packed) {
+    const Packed view(packed, dim, queries);
+    std::memset(packed, 0, aligned(sizeof(int32_t) * view.tiles) + static_cast<size_t>(view.tiles) * kTile * view.vectors * 32);
+    for (int t = 0; t < view.tiles; ++t) {
+        const int count = least(kTile, queries - t * kTile);
+        int8_t* tile = const_cast<int8_t*>(view.tile(t));
+        int group = view.vectors;
+        for (int q = 0; q < count; ++q) {
+            const int8_t* query = u + static_cast<int64_t>(t * kTile + q) * dim;
+            for (int v = 0; v < view.vectors; ++v)
+                for (int place = 0; place < 32; ++place) {
+                    const int d = v * 32 + Code::dimension(place);
+                    if (d < dim) tile[(v * count + q) * 32 + place] = query[d];
+                }
+            group = least(group, safe_group(tile + q * 32, count * 32, view.vectors, Code::kLargest));
+        }
+        const_cast<int32_t*>(view.groups)[t] = group;
+    }
+}
+
+// ---- The register tile.
+
+#if defined(__AVX2__)
+
+__m128i sums_of_four(__m256i a, __m256i b, __m256i c, __m256i d) {
+    const __m256i sum = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    return _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+}
+
+// Scores of R rows with Q queries, added in groups of `group` vectors (G, where it is not 0).
+template <class Code, int Q, int R, int G>
+inline void multiply(const uint8_t* rows, int64_t stride, const int8_t* tile, int vectors, int group, __m256i flip,
+                     __m128i* sums) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i wide[(Q * R + 3) / 4 * 4];
+#pragma GCC unroll 8
+    for (__m256i& w : wide) w = _mm256_setzero_si256();
+    __m256i narrow[Q * R];
+    const auto step = [&](int v, bool first) {
+        const __m256i* queries = reinterpret_cast<const __m256i*>(tile) + v * Q;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const __m256i codes = Code::load(rows + r * stride + v * Code::kBytes, flip);
+#pragma GCC unroll 8
+            for (int q = 0; q < Q; ++q) {
+                const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_loadu_si256(queries + q));
+                narrow[r * Q + q] = first ? pairs : _mm256_add_epi16(narrow[r * Q + q], pairs);
+            }
+        }
+    };
+    const auto widen = [&] {
+#pragma GCC unroll 8
+        for (int p = 0; p < Q * R; ++p) wide[p] = _mm256_add_epi32(wide[p], _mm256_madd_epi16(narrow[p], ones));
+    };
+    int v = 0;
+    if (G > 0) {
+        for (; v + G <= vectors; v += G) {
+#pragma GCC unroll 8
+            for (int g = 0; g < G; ++g) step(v + g, g == 0);
+            widen();
+        }
+        group = G;
+    }
+    while (v < vectors) {
+        const int end = least(v + group, vectors);
+        step(v, true);
+        for (++v; v < end; ++v) step(v, false);
+        widen();
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < Q * R; p += 4) sums[p / 4] = sums_of_four(wide[p], wide[p + 1], wide[p + 2], wide[p + 3]);
+}
+
+template <class Code, int Q, int R, int G>
+int64_t scan_rows(const uint8_t* rows, int64_t stride, int64_t row, int64_t count, const int8_t* tile, int vectors,
+                  int group, uint8_t flip, int64_t first_id, Keeper* keeper, int query) {
+    constexpr int kSums = (Q * R + 3) / 4;
+    const __m256i flips = _mm256_set1_epi8(static_cast<char>(flip));
+    __m128i thresholds[kSums];
+    const auto refresh = [&] {
+        int32_t values[kSums * 4];
+        for (int p = 0; p < kSums * 4; ++p) values[p] = p < Q * R ? keeper->thresholds[query + p % Q] : INT_MAX;
+        for (int s = 0; s < kSums; ++s) thresholds[s] = _mm_loadu_si128(reinterpret_cast<__m128i*>(values) + s);
+    };
+    refresh();
+    for (; row + R <= count; row += R) {
+        const uint8_t* here = rows + row * stride;
+        if (Q == 1)
+            for (int64_t at = 0; at < R * stride; at += 64)
+                _mm_prefetch(reinterpret_cast<const char*>(here + R * stride + 2048 + at), _MM_HINT_T0);
+        __m128i sums[kSums];
+        multiply<Code, Q, R, G>(here, stride, tile, vectors, group, flips, sums);
+        int better = 0;
+#pragma GCC unroll 8
+        for (int s = 0; s < kSums; ++s)
+            better |= _mm_movemask_epi8(_mm_cmpgt_epi32(sums[s], thresholds[s]));
+        if (better) {
+            int32_t values[kSums * 4];
+            for (int s = 0; s < kSums; ++s) _mm_storeu_si128(reinterpret_cast<__m128i*>(values) + s, sums[s]);
+            for (int p = 0; p < Q * R; ++p)
+                if (values[p] > keeper->thresholds[query + p % Q])
+                    keep(keeper, query + p % Q, values[p], first_id + row + p / Q);
+            refresh();
+        }
+    }
+    return row;
+}
+
+#else
+
+template <class Code, int Q, int R, int G>
+int64_t scan_rows(const uint8_t* rows, int64_t stride, int64_t row, int64_t count, const int8_t* tile, int vectors, int,
+                  uint8_t flip, int64_t first_id, Keeper* keeper, int query) {
+    for (; row < count; ++row) {
+        int32_t sums[Q] = {};
+        for (int v = 0; v < vectors; ++v) {
+            uint8_t codes[32];
+            for (int i = 0; i < 32; ++i)
+                codes[i] = static_cast<uint8_t>(Code::value(rows + row * stride + v * Code::kBytes, i, flip));
+            for (int q = 0; q < Q; ++q) {
+                const int8_t* values = tile + (v * Q + q) * 32;
+                int32_t sum = 0;
+                for (int i = 0; i < 32; ++i) sum += codes[i] * values[i];
+                sums[q] += sum;
+            }
+        }
+        for (int q = 0; q < Q; ++q)
+            if (sums[q] > keeper->thresholds[query + q]) keep(keeper, query + q, sums[q], first_id + row);
+    }
+    return row;
+}
+
+#endif
+
+template <class Code, int Q, int R, int G>
+void scan_tile(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, int vectors, int group,
+               uint8_t flip, int64_t first_id, Keeper* keeper, int query) {
+    const int64_t row =
+        scan_rows<Code, Q, R, G>(rows, stride, 0, count, tile, vectors, group, flip, first_id, keeper, query);
+    if (R > 1) scan_rows<Code, Q, 1, G>(rows, stride, row, count, tile, vectors, group, flip, first_id, keeper, query);
+}
+
+template <class Code, int G>
+void scan_group(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, int vectors, int group,
+                uint8_t flip, int64_t first_id, Keeper* keeper, int query, int queries) {
+    if (queries >= 3)
+        scan_tile<Code, 3, 2, G>(rows, stride, count, tile, vectors, group, flip, first_id, keeper, query);
+    else if (queries == 2)
+        scan_tile<Code, 2, 2, G>(rows, stride, count, tile, vectors, group, flip, first_id, keeper, query);
+    else
+        scan_tile<Code, 1, 4, G>(rows, stride, count, tile, vectors, group, flip, first_id, keeper, query);
+}
+
+template <class Code>
+void scan_values(int dim, const unsigned char* packed, int queries, uint8_t flip, const uint8_t* rows, int64_t stride,
+                 int64_t count, int64_t first_id, Keeper* keeper) {
+    const Packed view(packed, dim, queries);
+    const int fitting = kBlockBytes / (view.vectors * Code::kBytes) / 4 * 4;
+    const int64_t block = view.tiles == 1 ? count : fitting < 8 ? 8 : fitting;
+    for (int64_t begin = 0; begin < count; begin += block) {
+        const int64_t now = least(block, count - begin);
+        const uint8_t* here = rows + begin * stride;
+        for (int t = 0; t < view.tiles; ++t) {
+            const int query = t * kTile, left = queries - query, group = view.groups[t];
+            const auto scan = Code::kLargest < 255 || group > kMaxGroup ? scan_group<Code, 0>
+                              : group == 4                              ? scan_group<Code, 4>
+                              : group == 3                              ? scan_group<Code, 3>
+                              : group == 2                              ? scan_group<Code, 2>
+                                                                        : scan_group<Code, 1>;
+            scan(here, stride, now, view.tile(t), view.vectors, group, flip, first_id + begin, keeper, query, left);
+        }
+    }
+}
+
+// ---- Hamming distance: S = -distance.
+
+uint64_t load_word(const uint8_t* bytes) {
+    uint64_t word;
+    std::memcpy(&word, bytes, 8);
+    return word;
+}
+
+int popcount(uint64_t x) {
+#if defined(__POPCNT__) || defined(__AVX2__)
+    return static_cast<int>(_mm_popcnt_u64(x));
+#else
+    x -= (x >> 1) & 0x5555555555555555;
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333);
+    return static_cast<int>(((x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101 >> 56);
+#endif
+}
+
+// Sign bits of each query, xor-ed with flip, then one word that masks the unused bits of a row's last word.
+void pack_signs(int dim, const int8_t* u, int queries, uint8_t flip, unsigned char* packed) {
+    const int words = words_of(dim);
+    const size_t bytes = static_cast<size_t>(words) * 8;
+    for (int q = 0; q < queries; ++q) {
+        unsigned char* bits = packed + q * bytes;
+        std::memset(bits, 0, bytes);
+        for (int d = 0; d < dim; ++d)
+            if (u[static_cast<int64_t>(q) * dim + d] > 0) bits[d / 8] |= static_cast<unsigned char>(0x80 >> d % 8);
+        for (size_t i = 0; i < bytes; ++i) bits[i] ^= flip;
+    }
+    unsigned char* mask = packed + queries * bytes;
+    std::memset(mask, 0, 8);
+    for (int d = (words - 1) * 64; d < dim; ++d) mask[d % 64 / 8] |= static_cast<unsigned char>(0x80 >> d % 8);
+}
+
+// W words per row (0: `words` of them).
+template <int W>
+void scan_words(int words, const uint64_t* packed, int queries, const uint8_t* rows, int64_t stride, int64_t count,
+                int64_t first_id, Keeper* keeper) {
+    const int n = W > 0 ? W : words;
+    const uint64_t mask = packed[static_cast<int64_t>(queries) * n];
+    const int64_t block = queries == 1 ? count : kBlockBytes / (n * 8) + 1;
+    for (int64_t begin = 0; begin < count; begin += block) {
+        const int64_t end = least(begin + block, count);
+        for (int query = 0; query < queries; ++query) {
+            const uint64_t* bits = packed + static_cast<int64_t>(query) * n;
+            int32_t threshold = keeper->thresholds[query];
+            for (int64_t row = begin; row < end; ++row) {
+                const uint8_t* here = rows + row * stride;
+                int distance = popcount((load_word(here + (n - 1) * 8) ^ bits[n - 1]) & mask);
+#pragma GCC unroll 16
+                for (int w = 0; w < n - 1; ++w) distance += popcount(load_word(here + w * 8) ^ bits[w]);
+                if (-distance > threshold) {
+                    keep(keeper, query, -distance, first_id + row);
+                    threshold = keeper->thresholds[query];
+                }
+            }
+        }
+    }
+}
+
+void scan_signs(int dim, const unsigned char* packed, int queries, const uint8_t* rows, int64_t stride, int64_t count,
+                int64_t first_id, Keeper* keeper) {
+    const int words = words_of(dim);
+    const auto scan = words == 4    ? scan_words<4>
+                      : words == 6  ? scan_words<6>
+                      : words == 8  ? scan_words<8>
+                      : words == 12 ? scan_words<12>
+                      : words == 16 ? scan_words<16>
+                                    : scan_words<0>;
+    scan(words, reinterpret_cast<const uint64_t*>(packed), queries, rows, stride, count, first_id, keeper);
+}
+
+// ---- The table of this instruction set.
+
+size_t packed_size(Form form, int dim, int queries) {
+    if (form == Form::hamming) return aligned((static_cast<size_t>(queries) * words_of(dim) + 1) * 8);
+    const size_t tiles = (queries + kTile - 1) / kTile;
+    return aligned(sizeof(int32_t) * tiles) + tiles * kTile * vectors_of(dim) * 32;
+}
+
+void pack(Form form, int dim, const int8_t* u, int queries, uint8_t flip, unsigned char* packed) {
+    switch (form) {
+        case Form::int8: return pack_values<Int8>(dim, u, queries, packed);
+        case Form::int4: return pack_values<Int4>(dim, u, queries, packed);
+        case Form::bits: return pack_values<Bits>(dim, u, queries, packed);
+        case Form::hamming: return pack_signs(dim, u, queries, flip, packed);
+    }
+}
+
+void scan(Form form, int dim, const unsigned char* packed, int queries, uint8_t flip, const uint8_t* rows,
+          int64_t stride, int64_t count, int64_t first_id, Keeper* keeper) {
+    switch (form) {
+        case Form::int8:
+            return scan_values<Int8>(dim, packed, queries, flip, rows, stride, count, first_id, keeper);
+        case Form::int4:
+            return scan_values<Int4>(dim, packed, queries, flip, rows, stride, count, first_id, keeper);
+        case Form::bits:
+            return scan_values<Bits>(dim, packed, queries, flip, rows, stride, count, first_id, keeper);
+        case Form::hamming: return scan_signs(dim, packed, queries, rows, stride, count, first_id, keeper);
+    }
+}
+
+#define LEAFKERN_TEXT_(x) #x
+#define LEAFKERN_TEXT(x) LEAFKERN_TEXT_(x)
+
+}  // namespace
+
+extern const SearchKernels search_kernels;
+const SearchKernels search_kernels = {LEAFKERN_TEXT(LEAFKERN_ISA), packed_size, pack, scan};
+
+}  // namespace LEAFKERN_ISA
+}  // namespace leafkern

@@ -1,0 +1,162 @@
+// Blocks of queries, threads and the final merge; the kernels stand in cpu.inl.
+#include "retrieval/search.h"
+
+#include <algorithm>
+#include <climits>
+#include <cstring>
+#include <functional>
+
+#include "common/pool.h"
+
+namespace leafkern {
+namespace {
+
+constexpr size_t kQueryBytes = 384 << 10;     // packed queries stay in the second-level cache
+constexpr size_t kKeeperBytes = 64 << 20;
+constexpr int64_t kChunkBytes = 256 << 10;    // of base, claimed by a thread at a time
+constexpr int64_t kThreadWork = 1 << 20;      // bytes of base times queries below which a thread is not worth waking
+
+// Bytes that a kernel may read of one row.
+int64_t row_bytes(Form form, int dim) {
+    const int64_t vectors = (dim + 31) / 32;
+    switch (form) {
+        case Form::int8: return vectors * 32;
+        case Form::int4: return vectors * 16;
+        case Form::bits: return vectors * 4;
+        default: return (dim + 63) / 64 * 8;
+    }
+}
+
+int64_t stored_bytes(Form form, int dim) {
+    return form == Form::int8 ? dim : form == Form::int4 ? (dim + 1) / 2 : (dim + 7) / 8;
+}
+
+size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+struct Layout {
+    int64_t block;  // queries at a time
+    int slots;
+    int64_t tail;  // rows at the end of the base of which a kernel would read beyond the buffer
+    size_t packed, tail_rows, keys, numbers;
+
+    Layout(const SearchKernels& kernels, const SearchArguments& a) {
+        const int64_t row = row_bytes(a.form, a.dim), excess = row - stored_bytes(a.form, a.dim);
+        tail = std::min(a.count, (excess + a.stride - 1) / std::max<int64_t>(a.stride, 1));
+        const int64_t work = a.count * row * std::max<int64_t>(a.queries, 1);
+        slots = static_cast<int>(std::clamp<int64_t>(work / kThreadWork, 1, std::max(a.threads, 1)));
+        const int64_t by_keepers = kKeeperBytes / (sizeof(int64_t) * a.k * slots);
+        block = std::clamp<int64_t>(kQueryBytes / row, 12, 1536);
+        block = std::max<int64_t>(1, std::min({block, by_keepers, a.queries}));
+        packed = aligned(kernels.packed_size(a.form, a.dim, static_cast<int>(block)));
+        tail_rows = aligned(tail * row);
+        keys = aligned(sizeof(int64_t) * a.k * block * slots);
+        numbers = aligned(sizeof(int32_t) * block * slots);
+    }
+    size_t total() const { return packed + tail_rows + keys + 2 * numbers; }
+};
+
+struct Pass {
+    const SearchKernels& kernels;
+    const SearchArguments& a;
+    const Layout& layout;
+    unsigned char *packed, *tail_rows;
+    int64_t* keys;
+    int32_t *counts, *thresholds;
+    int64_t first_query;
+    int queries;
+    int64_t chunk;
+
+    Keeper keeper(int slot) const {
+        const int64_t first = slot * layout.block;
+        return {keys + first * a.k, counts + first, thresholds + first, a.k};
+    }
+
+    void scan(int64_t index, int slot) const {
+        Keeper kept = keeper(slot);
+        const int64_t direct = a.count - layout.tail, begin = index * chunk;
+        const int64_t end = std::min(begin + chunk, direct);
+        if (begin < end)
+            kernels.scan(a.form, a.dim, packed, queries, a.flip, a.rows + begin * a.stride, a.stride, end - begin,
+                         begin, &kept);
+        if (end == direct && layout.tail > 0)
+            kernels.scan(a.form, a.dim, packed, queries, a.flip, tail_rows, row_bytes(a.form, a.dim), layout.tail,
+                         direct, &kept);
+    }
+
+    // S of the kernels -> I.
+    int64_t score(int64_t query, int64_t s) const {
+        if (a.form == Form::hamming) return a.dim + 2 * s;
+        int64_t sum = 0;
+        for (int d = 0; d < a.dim; ++d) sum += a.u[query * a.dim + d];
+        if (a.form == Form::bits) return 2 * s - sum;
+        return s - (a.form == Form::int8 ? 128 : 8) * sum;
+    }
+
+    void merge(int64_t query) const {
+        // Slot 0's keys and those of the other slots, moved together over the space of slot 0 upwards.
+        int64_t* best = keeper(0).keys + query * a.k;
+        int64_t kept = counts[query];
+        std::sort(best, best + kept, std::greater<int64_t>());
+        for (int slot = 1; slot < layout.slots; ++slot) {
+            const Keeper other = keeper(slot);
+            int64_t* keys_of = other.keys + query * a.k;
+            const int64_t more = other.counts[query];
+            std::sort(keys_of, keys_of + more, std::greater<int64_t>());
+            kept = merge_into(best, kept, keys_of, more);
+        }
+        const int64_t row = first_query + query, zero = score(row, 0);
+        const int64_t factor = a.form == Form::hamming || a.form == Form::bits ? 2 : 1;
+        for (int64_t place = 0; place < a.k; ++place) {
+            a.scores[row * a.k + place] = static_cast<int32_t>(zero + factor * (best[place] >> 32));
+            a.ids[row * a.k + place] = 0xFFFFFFFFll - (best[place] & 0xFFFFFFFFll);
+        }
+    }
+
+    // Merges two falling runs into the first's place, keeping k.
+    int64_t merge_into(int64_t* best, int64_t kept, const int64_t* more, int64_t count) const {
+        const int64_t total = std::min<int64_t>(kept + count, a.k);
+        // How many of each run are among the `total` best.
+        int64_t left = 0, right = 0;
+        while (left + right < total) (right >= count || (left < kept && best[left] > more[right])) ? ++left : ++right;
+        for (int64_t place = total; place-- > 0;) {
+            const bool from_left = right == 0 || (left > 0 && best[left - 1] < more[right - 1]);
+            best[place] = from_left ? best[--left] : more[--right];
+        }
+        return total;
+    }
+};
+
+}  // namespace
+
+size_t search_workspace(const SearchKernels& kernels, const SearchArguments& a) { return Layout(kernels, a).total(); }
+
+void search(const SearchKernels& kernels, const SearchArguments& a, unsigned char* workspace) {
+    const Layout layout(kernels, a);
+    Pass pass{kernels, a, layout, workspace, workspace + layout.packed, nullptr, nullptr, nullptr, 0, 0, 0};
+    pass.keys = reinterpret_cast<int64_t*>(pass.tail_rows + layout.tail_rows);
+    pass.counts = reinterpret_cast<int32_t*>(reinterpret_cast<unsigned char*>(pass.keys) + layout.keys);
+    pass.thresholds = reinterpret_cast<int32_t*>(reinterpret_cast<unsigned char*>(pass.counts) + layout.numbers);
+    const int64_t row = row_bytes(a.form, a.dim), stored = stored_bytes(a.form, a.dim);
+    const int64_t direct = a.count - layout.tail;
+    std::memset(pass.tail_rows, 0, layout.tail_rows);
+    for (int64_t i = 0; i < layout.tail; ++i)
+        std::memcpy(pass.tail_rows + i * row, a.rows + (direct + i) * a.stride, stored);
+    pass.chunk = std::clamp<int64_t>(direct / (8 * layout.slots), 16, std::max<int64_t>(kChunkBytes / row, 16));
+    const int64_t chunks = std::max<int64_t>((direct + pass.chunk - 1) / pass.chunk, 1);
+    for (int64_t first = 0; first < a.queries; first += layout.block) {
+        pass.first_query = first;
+        pass.queries = static_cast<int>(std::min(layout.block, a.queries - first));
+        kernels.pack(a.form, a.dim, a.u + first * a.dim, pass.queries, a.flip, pass.packed);
+        std::fill_n(pass.counts, layout.block * layout.slots, 0);
+        std::fill_n(pass.thresholds, layout.block * layout.slots, INT_MIN);
+        parallel(
+            layout.slots, chunks,
+            [](void* context, int64_t index, int slot) { static_cast<Pass*>(context)->scan(index, slot); }, &pass);
+        const int mergers = a.k * pass.queries > 4096 ? layout.slots : 1;
+        parallel(
+            mergers, pass.queries,
+            [](void* context, int64_t index, int) { static_cast<Pass*>(context)->merge(index); }, &pass);
+    }
+}
+
+}  // namespace leafkern

@@ -1,0 +1,65 @@
+// Search for the k largest integer scores of folded queries, fused with the selection: scores are never stored.
+//
+//   form      base row                          score I of a query u
+//   int8      D signed bytes c                  sum u*c
+//   int4      two per byte, nibble = c + 8      sum u*c
+//   bits      one bit b each, highest first     sum u*(2b - 1)
+//   hamming   the same                          D - 2*hamming(u > 0, b)
+//
+// u is in [-63, 63]. Inside, codes are unsigned, v = c + 128, c + 8 or b, and S = sum u*v: pairs of products stay
+// below 255*63*2 = 32,130 < 2^15, so 16-bit sums of two never saturate; more are added in 16 bits only as far as the
+// packed query itself rules out overflow for every base. S must fit 32 bits: 255*63*D < 2^31, D <= kMaxDim.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace leafkern {
+
+enum class Form { int8 = 0, int4 = 1, bits = 2, hamming = 3 };
+
+constexpr int kMaxDim = 131072;
+constexpr int kMaxK = 2048;
+
+// The best k of each query in one thread's share: keys (score, lower id first) as min-heaps.
+struct Keeper {
+    int64_t* keys;        // (queries, k)
+    int32_t* counts;      // (queries,)
+    int32_t* thresholds;  // (queries,): only higher scores enter; INT32_MIN until k are kept
+    int k;
+};
+
+// What each instruction set offers. `flip` is xor-ed to every byte of base (0x80 where bytes are stored minus 128).
+struct SearchKernels {
+    const char* isa;
+    // Bytes that the packed form of `queries` queries takes (a multiple of 64).
+    size_t (*packed_size)(Form form, int dim, int queries);
+    void (*pack)(Form form, int dim, const int8_t* u, int queries, uint8_t flip, unsigned char* packed);
+    // Offers `count` rows, numbered from first_id up, to the keeper. Rows are read up to row_bytes() each.
+    void (*scan)(Form form, int dim, const unsigned char* packed, int queries, uint8_t flip, const uint8_t* rows,
+                 int64_t stride, int64_t count, int64_t first_id, Keeper* keeper);
+};
+
+namespace portable { extern const SearchKernels search_kernels; }
+#if LEAFKERN_X86
+namespace avx2 { extern const SearchKernels search_kernels; }
+#endif
+
+struct SearchArguments {
+    Form form;
+    int dim;
+    uint8_t flip;
+    const int8_t* u;  // (queries, dim), contiguous
+    int64_t queries;
+    const uint8_t* rows;  // (count, ...), each row contiguous, `stride` bytes apart
+    int64_t count, stride;
+    int k;  // <= min(count, kMaxK)
+    int threads;
+    int32_t* scores;  // (queries, k)
+    int64_t* ids;     // (queries, k)
+};
+
+size_t search_workspace(const SearchKernels& kernels, const SearchArguments& arguments);
+void search(const SearchKernels& kernels, const SearchArguments& arguments, unsigned char* workspace);
+
+}  // namespace leafkern
