@@ -47,8 +47,13 @@ def _checksum(keys: torch.Tensor, vectors: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def check_vectors(vectors: np.ndarray, texts: Sequence[str], source: str, dtype: str = "float32") -> None:
-    """Names the first row, and its text, that `dtype` can't hold as a finite vector other than zero."""
+def check_vectors(
+    vectors: np.ndarray, texts: Sequence[str], source: str, dtype: str = "float32", among: Sequence[str] | None = None
+) -> None:
+    """Names the first row, and its text, that `dtype` can't hold as a finite vector other than zero.
+
+    `among`: the texts by which rows are numbered, where `texts` are a part of them.
+    """
     with np.errstate(over="ignore"):
         stored = np.asarray(vectors).astype(dtype)
     finite = np.isfinite(stored).all(axis=1)
@@ -62,8 +67,9 @@ def check_vectors(vectors: np.ndarray, texts: Sequence[str], source: str, dtype:
         what = f"does not fit {dtype}; set teacher.dtype: float32"
     else:
         what = "holds NaN or infinity"
+    number = row if among is None else among.index(texts[row])
     raise InputError(
-        f"{source}: row {row} {what} ({int(bad.sum())} such rows), text {shown(texts[row])}; "
+        f"{source}: row {number} {what} ({int(bad.sum())} such rows), text {shown(texts[row])}; "
         "expected finite vectors other than zero"
     )
 
@@ -172,7 +178,10 @@ class TeacherCache:
         flushed, done, began = 0, 0, time.monotonic()
         while done < len(missing):
             block = missing[done : done + BLOCK_ROWS]
-            blocks.append(self._encoded(block, encode, source, lambda n, _, at=done: report(at + n, len(missing))))
+            vectors = np.asarray(encode(block, lambda n, _, at=done: report(at + n, len(missing))))
+            self._check_shape(vectors, len(block), source)
+            check_vectors(vectors, block, source, self.identity["dtype"], texts)
+            blocks.append(vectors)
             done += len(block)
             report(done, len(missing))
             full = done - flushed >= SHARD_ROWS or time.monotonic() - began >= SHARD_SECONDS
@@ -181,19 +190,13 @@ class TeacherCache:
                 blocks, flushed, began = [], done, time.monotonic()
         return len(missing)
 
-    def _encoded(
-        self, texts: list[str], encode: Encode, source: str, progress: Callable[[int, int], None]
-    ) -> np.ndarray:
-        vectors = np.asarray(encode(texts, progress))
-        width = self.dim if self.dim is not None else "dim"
-        if vectors.ndim != 2 or len(vectors) != len(texts) or (self.dim or vectors.shape[1]) != vectors.shape[1]:
-            raise InputError(f"{source}: gave shape {vectors.shape} for {len(texts)} texts; ({len(texts)}, {width}) "
-                             "was expected")  # fmt: skip
+    def _check_shape(self, vectors: np.ndarray, rows: int, source: str) -> None:
+        width = "D" if self.dim is None else self.dim
+        if vectors.ndim != 2 or len(vectors) != rows or width not in ("D", vectors.shape[1]):
+            raise InputError(f"{source}: gave shape {vectors.shape} for {rows} texts; expected ({rows}, {width})")
         if not np.issubdtype(vectors.dtype, np.floating):
-            raise InputError(f"{source}: gave {vectors.dtype}; floating-point vectors were expected")
-        check_vectors(vectors, texts, source, self.identity["dtype"])
+            raise InputError(f"{source}: gave {vectors.dtype}; expected floating-point vectors")
         self.dim = vectors.shape[1]
-        return vectors
 
     def _write_shard(self, texts: list[str], vectors: np.ndarray) -> None:
         keys = torch.frombuffer(bytearray(b"".join(map(text_key, texts))), dtype=torch.uint8).view(-1, 16)
