@@ -43,14 +43,13 @@ class Session:
             self._ceilings[device] = measure(device, torch.get_num_threads(), quick=self.size == "tiny")
         return self._ceilings[device]
 
-    def command(self, op: str, case: str) -> str:
+    def command(self, op: str, test: str) -> str:
+        """What reproduces the rows of one test, from the checkout."""
         peers = ["--peers"] if self.peers else []
         model = ["--model", self.model] if self.model else []
-        return shlex.join(
-            ["pytest", f"bench/bench_{op}.py", "-k", case.replace("/", " and "), "--size", self.size, *peers, *model]
-        )
+        return shlex.join(["pytest", f"bench/bench_{op}.py::{test}", "--size", self.size, *peers, *model])
 
-    def run(self, case: harness.Case, benchmark) -> list[dict]:
+    def run(self, case: harness.Case, benchmark, test: str) -> list[dict]:
         if not self.peers:
             case = replace(case, contestants=[c for c in case.contestants if c.ours])
         rows = harness.measure(
@@ -58,7 +57,7 @@ class Session:
             self.ceilings(case.device),
             budget=BUDGETS[self.size],
             benchmark=benchmark,
-            command=self.command(case.op, case.name),
+            command=self.command(case.op, test),
         )
         self.rows.setdefault((case.op, machine.machine_name(case.device)), []).extend(rows)
         benchmark.extra_info["rows"] = rows
@@ -93,7 +92,7 @@ def bench(request, benchmark):
     session = request.config.stash[SESSION]
 
     def run(case: harness.Case) -> list[dict]:
-        rows = session.run(case, benchmark)
+        rows = session.run(case, benchmark, request.node.name)
         failed = [f"{row['provider']}: {row['reason']}" for row in rows if row["ours"] and row["status"] == "failed"]
         assert not failed, "; ".join(failed)
         return rows

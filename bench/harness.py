@@ -30,6 +30,7 @@ class Work:
     bandwidth: str
     items: float
     item: str
+    also: dict[str, float] = field(default_factory=dict)  # other counts to give per second, such as {"text": 256}
 
     def floor(self, ceilings: dict[str, Ceiling]) -> float | None:
         """Seconds below which no implementation can go on this machine; None where a ceiling is missing."""
@@ -207,12 +208,13 @@ def _empty_row(case: Case, contestant: Contestant, ceilings, command: str) -> di
 def derived(row: dict, work: Work) -> dict:
     """Percent of the limit and items per second of one timed row."""
     if row["status"] != "ok":
-        return {"percent_of_limit": None, "items_per_s": None, "item": work.item}
+        return {"percent_of_limit": None, "items_per_s": None, "item": work.item, "also_per_s": {}}
     floor = row["floor_s"]
     return {
         "percent_of_limit": None if floor is None else 100 * floor / row["p50_s"],
         "items_per_s": work.items / row["p50_s"],
         "item": work.item,
+        "also_per_s": {name: count / row["p50_s"] for name, count in work.also.items()},
     }
 
 
@@ -253,6 +255,8 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
             reason = f"{row['status']}: {row['reason'] or ''}"
             body.append([row["case"], row["provider"], *["-"] * 7, reason])
             continue
+        rates = [f"{row['items_per_s']:,.0f} {row['item']}/s"]
+        rates += [f"{rate:,.0f} {name}/s" for name, rate in row["also_per_s"].items()]
         values = "; ".join(f"{key} {value:.4g}" for key, value in row["values"].items())
         percent, peak = row["percent_of_limit"], row["peak_bytes"]
         speed = row["ours_is_faster"]
@@ -261,7 +265,7 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
                 row["case"],
                 row["provider"],
                 *(_milliseconds(row[key]) for key in ("p50_s", "p20_s", "p80_s")),
-                f"{row['items_per_s']:,.0f} {row['item']}/s",
+                ", ".join(rates),
                 "-" if percent is None else f"{percent:.1f}",
                 "" if row["ours"] or speed is None else f"{speed:.2f}",
                 "-" if peak is None else f"{peak / 2**20:.1f}",

@@ -1,4 +1,4 @@
-"""The machine a benchmark runs on: its description, versions and commit; peak memory; how malloc treats freed memory."""
+"""The machine of a benchmark: its description, versions, commit, peak memory, and how malloc treats free memory."""
 
 import ctypes
 import gc
