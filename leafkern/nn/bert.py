@@ -13,6 +13,7 @@ from torch import nn
 
 from leafkern.errors import InputError, unknown_name
 from leafkern.nn.packed import PackedBatch, Padding
+from leafkern.ops import norm_mean_pool
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
@@ -48,6 +49,8 @@ class PackedConfig:
             raise InputError(
                 f"hidden_size: {self.hidden_size} is not a multiple of num_attention_heads = {self.num_attention_heads}"
             )
+        if self.num_hidden_layers < 1:
+            raise InputError(f"num_hidden_layers: expected at least 1, got {self.num_hidden_layers}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout: expected a number from 0 to 1 (exclusive), got {self.dropout}")
 
@@ -122,15 +125,26 @@ class PackedEncoder(nn.Module):
         return chosen
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
+        x, residual = self._before_last_norm(batch)
+        return self.encoder.layer[-1].output.LayerNorm(x + residual)
+
+    def mean_pooled(self, batch: PackedBatch) -> torch.Tensor:
+        """mean_pool of `forward`, (B, hidden_size) in at least float32; the last states never exist as a whole."""
+        x, residual = self._before_last_norm(batch)
+        norm = self.encoder.layer[-1].output.LayerNorm
+        return norm_mean_pool(x, residual, norm.weight, norm.bias, batch.cu_seqlens, eps=norm.eps, normalize=False)
+
+    def _before_last_norm(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         if batch.max_seqlen > self.max_length:
             raise InputError(
                 f"batch: a sequence of {batch.max_seqlen} tokens; this model has {self.max_length} positions"
             )
         padding = Padding(batch)
         x = self.embeddings(batch, padding)
-        for layer in self.encoder.layer:
+        *layers, last = self.encoder.layer
+        for layer in layers:
             x = layer(x, padding)
-        return x
+        return last.before_norm(x, padding)
 
 
 class _Embeddings(nn.Module):
@@ -198,6 +212,11 @@ class _Layer(nn.Module):
         self.output = _Residual(config.intermediate_size, config)
         self.activation = _ACTIVATIONS[config.hidden_act]
 
-    def forward(self, x: torch.Tensor, padding: Padding) -> torch.Tensor:
+    def before_norm(self, x: torch.Tensor, padding: Padding) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two summands that go into the layer's last LayerNorm."""
         x = self.attention.output(self.attention.self(x, padding), x)
-        return self.output(self.activation(self.intermediate.dense(x)), x)
+        return self.output.dropout(self.output.dense(self.activation(self.intermediate.dense(x)))), x
+
+    def forward(self, x: torch.Tensor, padding: Padding) -> torch.Tensor:
+        x, residual = self.before_norm(x, padding)
+        return self.output.LayerNorm(x + residual)

@@ -116,6 +116,8 @@ class SentenceModel(nn.Module):
 
     def pooled(self, batch: PackedBatch) -> torch.Tensor:
         """(B, width), before the dense heads and normalisation; float32 also for half-precision weights."""
+        if self.pooling == "mean" and hasattr(self.backbone, "mean_pooled"):
+            return self.backbone.mean_pooled(batch)
         states = self.backbone(batch)
         if self.pooling == "mean":
             return mean_pool(states, batch.cu_seqlens)
