@@ -125,6 +125,7 @@ class Loop:
         self.device = self.prepared.student.device
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.optimiser, self.names = make_optimiser(self.module, self.recipe.optimiser)
+        self._last = (math.nan, math.nan)
         torch.manual_seed(self.recipe.seed)
         if self.saved is not None:
             restore(self.saved, self.optimiser, self.names, self.device)
@@ -156,8 +157,9 @@ class Loop:
         loss, norm, tokens = self._backward(self.step)
         # One synchronisation with the device per step.
         loss_value, norm_value = torch.stack([loss, norm.to(loss.dtype)]).tolist()
+        self._last = (loss_value, norm_value)
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            self._stop_non_finite(loss_value, norm_value)
+            raise self._non_finite(self.step)
         if settings.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, settings.clip_norm, norm)
         self.optimiser.step()
@@ -165,14 +167,15 @@ class Loop:
         self.step += 1
         return {"loss": loss_value, "grad_norm": norm_value, "lr": rate, "tokens": tokens}
 
-    def _stop_non_finite(self, loss: float, norm: float) -> None:
-        rows = self.prepared.stream[self.step]
+    def _non_finite(self, step: int) -> NonFiniteLossError:
+        """The error for batch `step` (from 0), naming the texts that give no finite vector."""
+        rows = self.prepared.stream[step]
         with torch.no_grad():
             out = self._forward(self.prepared.student.collate(self.prepared.tokens[rows]))
         finite = torch.isfinite(out).all(dim=1).tolist()
         culprits = [row for row, fine in zip(rows.tolist(), finite) if not fine] or rows.tolist()
-        raise NonFiniteLossError(
-            self.step + 1, loss, norm, [self.prepared.corpus.where(row) for row in culprits], self.saved
+        return NonFiniteLossError(
+            step + 1, *self._last, [self.prepared.corpus.where(row) for row in culprits], self.saved
         )
 
     def seconds_per_step(self) -> float:
@@ -193,6 +196,9 @@ class Loop:
         return max(1, int(minutes * 60 / self.seconds_per_step() / self.recipe.schedule.cycles))
 
     def save(self) -> None:
+        """Saves a checkpoint; NonFiniteLossError where the last step spoilt the weights."""
+        if not math.isfinite(nn.utils.get_total_norm(self.parameters).item()):
+            raise self._non_finite(self.step - 1)
         numbers = {"step": self.step, "steps_per_cycle": self.steps_per_cycle, "seconds": self.seconds}
         folder = self.output / "checkpoints"
         self.saved = save_checkpoint(

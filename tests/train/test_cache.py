@@ -164,7 +164,7 @@ def test_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(DamagedFileError, match="leafkern teacher cache"):
         TeacherCache(tmp_path, IDENTITY)
     (tmp_path / "cache.json").write_text("{")
-    with pytest.raises(DamagedFileError, match="cache.json"):
+    with pytest.raises(DamagedFileError, match=r"cache\.json"):
         TeacherCache(tmp_path, IDENTITY)
 
 
