@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Builds leafkern on a GPU machine without network, runs the GPU tests and benchmarks, and leaves one JSON per stage.
+#
+#   bench/gpu.sh OUTDIR [STAGE...]        stages: tests search encoder (default: all)
+#
+# The machine brings torch, triton, transformers, sentence-transformers, pytest, setuptools, pybind11 and a compiler;
+# what it lacks comes from .gpu_kit (bench/gpu_kit.sh). Every stage is stopped after STAGE_SECONDS (default 480).
+# Nothing is installed but into a scratch folder. Without a GPU it builds, collects every stage's tests and launches none.
+# bench/stage.py unpack OUTDIR bench/results   turns the stages' figures into result files.
+set -u
+
+stages_known="tests search encoder"
+if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
+    sed -n '2,4p' "$0" | cut -c3- >&2
+    exit 2
+fi
+mkdir -p "$1" || exit 1
+out=$(cd "$1" && pwd)
+shift
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[ $# -gt 0 ] || set -- $stages_known
+for stage in "$@"; do
+    case " $stages_known " in
+        *" $stage "*) ;;
+        *)
+            echo "gpu.sh: unknown stage '$stage' (known: $stages_known)" >&2
+            exit 2
+            ;;
+    esac
+done
+
+python=${PYTHON:-python3}
+limit=${STAGE_SECONDS:-480}
+kit=$root/.gpu_kit
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+site=$scratch/site
+mkdir -p "$site" "$scratch/results"
+# Old stages must not pass for this run's.
+rm -f "$out"/{build,tests,search,encoder}.json
+
+export PYTHONPATH=$site:$kit/packages${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+LEAFKERN_COMMIT=$(git -C "$root" rev-parse HEAD 2>/dev/null || cat "$kit/commit" 2>/dev/null)
+export LEAFKERN_COMMIT
+[ -n "${LEAFKERN_DATA:-}" ] || [ ! -d "$kit/data" ] || export LEAFKERN_DATA=$kit/data
+# Away from the checkout: its leafkern/ has no compiled extension and must not be imported.
+cd "$scratch" || exit 1
+
+gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else "")')
+walk=()
+collect=()
+if [ -z "$gpu" ]; then
+    walk=(--walk "no GPU")
+    collect=(--collect-only)
+fi
+echo "GPU: ${gpu:-none}; stages: $*; kit: $([ -d "$kit" ] && echo present || echo absent)"
+
+build() {
+    local wheels=("$kit"/wheels/*.whl) install=("$python" -m pip install --quiet --no-index --no-deps)
+    install+=(--no-compile --disable-pip-version-check --target "$site")
+    rm -rf "$root"/build/lib*
+    # The kit's wheels are for one version of Python: only where what they carry is really missing.
+    if [ -e "${wheels[0]}" ] && ! "$python" -c 'import pydantic' 2>/dev/null; then
+        "${install[@]}" "${wheels[@]}" || return 1
+    fi
+    "${install[@]}" --no-build-isolation "$root" || return 1
+    "$python" -c 'import leafkern, leafkern.bench; print(leafkern.__file__)'
+}
+export -f build
+export python kit site root
+
+pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -o addopts= -p no:cacheprovider -q)
+bench() { # a benchmark of the installed package on the GPU
+    command=("${pytest[@]}" "$site/leafkern/bench/bench_$1.py" --peers --results "$scratch/results/$1")
+    [ -z "$gpu" ] || command+=(-k cuda)
+}
+plan() { # the command of one stage: one line each
+    case $1 in
+        tests) command=("${pytest[@]}" "$root/tests" -m gpu -rs) ;;
+        search) bench search ;;
+        encoder) bench encoder ;;
+    esac
+}
+
+stage() { "$python" "$root/bench/stage.py" "$@"; }
+
+failed=0
+stage run "$out" build "$limit" -- bash -c build || failed=1
+for name in "$@"; do
+    if [ $failed = 1 ] && [ ! -d "$site/leafkern" ]; then
+        stage skip "$out" "$name" "the build failed"
+        continue
+    fi
+    plan "$name"
+    mkdir -p "$scratch/results/$name"
+    stage run "$out" "$name" "$limit" --results "$scratch/results/$name" ${walk[@]+"${walk[@]}"} -- \
+        "${command[@]}" ${collect[@]+"${collect[@]}"} || failed=1
+done
+echo
+stage table "$out"
+exit $failed
