@@ -2,7 +2,7 @@
 // of the standard library here: the linker might keep this object's copy for every caller.
 //
 // int8, int4 and bits share one register tile: 32 dimensions of a base row are decoded to unsigned bytes, multiplied
-// with three queries at a time, and the scores compared with the queries' thresholds before anything is stored.
+// with four queries at a time, and the scores compared with the queries' thresholds before anything is stored.
 #include <climits>
 #include <cstring>
 
@@ -18,9 +18,9 @@ namespace {
 
 #include "common/topk.inl"
 
-constexpr int kTile = 3;              // queries per register tile
-constexpr int kBlockBytes = 16 << 10;  // of base, kept in the first-level cache while all queries pass over it
-constexpr int kMaxGroup = 4;          // products in 16 bits before widening, where unrolled
+constexpr int kTile = 4;               // queries per register tile
+constexpr int kBlockBytes = 16 << 10;  // of decoded base, kept in the first-level cache while all queries pass over it
+constexpr int kMaxGroup = 4;           // vectors whose products are summed in 16 bits before widening
 
 template <typename T>
 T least(T a, T b) {
@@ -30,6 +30,10 @@ T least(T a, T b) {
 int vectors_of(int dim) { return (dim + 31) / 32; }
 int words_of(int dim) { return (dim + 63) / 64; }
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+int block_rows(int dim) {
+    const int fitting = kBlockBytes / (vectors_of(dim) * 32);
+    return fitting < 4 ? 4 : fitting;
+}
 
 // ---- Decoding: 32 dimensions of a row as unsigned bytes. Tables map a place in the decoded vector to a dimension.
 
@@ -77,6 +81,17 @@ struct Bits {
 #endif
 };
 
+// Decoded before: where many queries pass over the same rows.
+struct Decoded {
+    static constexpr int kBytes = 32, kLargest = 255;
+    static int value(const uint8_t* row, int place, uint8_t) { return row[place]; }
+#if defined(__AVX2__)
+    static __m256i load(const uint8_t* row, __m256i) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
+    }
+#endif
+};
+
 // ---- Packed queries: per tile, how many vectors may be summed in 16 bits; then, tile by tile, 32 dimensions of each
 // of its queries in turn, in the order of the decoded vectors, zeros beyond D.
 
@@ -93,10 +108,10 @@ struct Packed {
     const int8_t* tile(int t) const { return values + static_cast<int64_t>(t) * kTile * vectors * 32; }
 };
 
-// Largest g such that, in every run of g vectors from a multiple of g on and every 16-bit lane, neither the positive
-// nor the negative values can leave 16 bits, whatever the base holds.
+// Largest g <= kMaxGroup such that, in every run of g vectors from a multiple of g on and every 16-bit lane, neither
+// the positive nor the negative values can leave 16 bits, whatever the base holds.
 int safe_group(const int8_t* query, int step, int vectors, int largest) {
-    for (int group = vectors; group > 1; group = group > kMaxGroup ? group / 2 : group - 1) {
+    for (int group = kMaxGroup; group > 1; --group) {
         bool safe = true;
         for (int lane = 0; lane < 16 && safe; ++lane) {
             int positive = 0, negative = 0;
@@ -121,7 +136,7 @@ void pack_values(int dim, const int8_t* u, int queries, unsigned char* packed) {
     for (int t = 0; t < view.tiles; ++t) {
         const int count = least(kTile, queries - t * kTile);
         int8_t* tile = const_cast<int8_t*>(view.tile(t));
-        int group = view.vectors;
+        int group = kMaxGroup;
         for (int q = 0; q < count; ++q) {
             const int8_t* query = u + static_cast<int64_t>(t * kTile + q) * dim;
             for (int v = 0; v < view.vectors; ++v)
@@ -144,16 +159,16 @@ __m128i sums_of_four(__m256i a, __m256i b, __m256i c, __m256i d) {
     return _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
 }
 
-// Scores of R rows with Q queries, added in groups of `group` vectors (G, where it is not 0).
+// Scores of R rows with Q queries, added in 16 bits over groups of G vectors.
 template <class Code, int Q, int R, int G>
-inline void multiply(const uint8_t* rows, int64_t stride, const int8_t* tile, int vectors, int group, __m256i flip,
+inline void multiply(const uint8_t* rows, int64_t stride, const int8_t* tile, int vectors, __m256i flip,
                      __m128i* sums) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i wide[(Q * R + 3) / 4 * 4];
 #pragma GCC unroll 8
     for (__m256i& w : wide) w = _mm256_setzero_si256();
     __m256i narrow[Q * R];
-    const auto step = [&](int v, bool first) {
+    const auto step = [&](int64_t v, bool first) {
         const __m256i* queries = reinterpret_cast<const __m256i*>(tile) + v * Q;
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
@@ -169,19 +184,15 @@ inline void multiply(const uint8_t* rows, int64_t stride, const int8_t* tile, in
 #pragma GCC unroll 8
         for (int p = 0; p < Q * R; ++p) wide[p] = _mm256_add_epi32(wide[p], _mm256_madd_epi16(narrow[p], ones));
     };
-    int v = 0;
-    if (G > 0) {
-        for (; v + G <= vectors; v += G) {
+    int64_t v = 0;
+    for (; v + G <= vectors; v += G) {
 #pragma GCC unroll 8
-            for (int g = 0; g < G; ++g) step(v + g, g == 0);
-            widen();
-        }
-        group = G;
+        for (int g = 0; g < G; ++g) step(v + g, g == 0);
+        widen();
     }
-    while (v < vectors) {
-        const int end = least(v + group, vectors);
+    if (v < vectors) {
         step(v, true);
-        for (++v; v < end; ++v) step(v, false);
+        for (++v; v < vectors; ++v) step(v, false);
         widen();
     }
 #pragma GCC unroll 8
@@ -190,7 +201,7 @@ inline void multiply(const uint8_t* rows, int64_t stride, const int8_t* tile, in
 
 template <class Code, int Q, int R, int G>
 int64_t scan_rows(const uint8_t* rows, int64_t stride, int64_t row, int64_t count, const int8_t* tile, int vectors,
-                  int group, uint8_t flip, int64_t first_id, Keeper* keeper, int query) {
+                  uint8_t flip, int64_t first_id, Keeper* keeper, int query) {
     constexpr int kSums = (Q * R + 3) / 4;
     const __m256i flips = _mm256_set1_epi8(static_cast<char>(flip));
     __m128i thresholds[kSums];
@@ -206,7 +217,7 @@ int64_t scan_rows(const uint8_t* rows, int64_t stride, int64_t row, int64_t coun
             for (int64_t at = 0; at < R * stride; at += 64)
                 _mm_prefetch(reinterpret_cast<const char*>(here + R * stride + 2048 + at), _MM_HINT_T0);
         __m128i sums[kSums];
-        multiply<Code, Q, R, G>(here, stride, tile, vectors, group, flips, sums);
+        multiply<Code, Q, R, G>(here, stride, tile, vectors, flips, sums);
         int better = 0;
 #pragma GCC unroll 8
         for (int s = 0; s < kSums; ++s)
@@ -226,7 +237,7 @@ int64_t scan_rows(const uint8_t* rows, int64_t stride, int64_t row, int64_t coun
 #else
 
 template <class Code, int Q, int R, int G>
-int64_t scan_rows(const uint8_t* rows, int64_t stride, int64_t row, int64_t count, const int8_t* tile, int vectors, int,
+int64_t scan_rows(const uint8_t* rows, int64_t stride, int64_t row, int64_t count, const int8_t* tile, int vectors,
                   uint8_t flip, int64_t first_id, Keeper* keeper, int query) {
     for (; row < count; ++row) {
         int32_t sums[Q] = {};
@@ -250,42 +261,64 @@ int64_t scan_rows(const uint8_t* rows, int64_t stride, int64_t row, int64_t coun
 #endif
 
 template <class Code, int Q, int R, int G>
-void scan_tile(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, int vectors, int group,
+void scan_tile(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, int vectors,
                uint8_t flip, int64_t first_id, Keeper* keeper, int query) {
     const int64_t row =
-        scan_rows<Code, Q, R, G>(rows, stride, 0, count, tile, vectors, group, flip, first_id, keeper, query);
-    if (R > 1) scan_rows<Code, Q, 1, G>(rows, stride, row, count, tile, vectors, group, flip, first_id, keeper, query);
+        scan_rows<Code, Q, R, G>(rows, stride, 0, count, tile, vectors, flip, first_id, keeper, query);
+    if (R > 1) scan_rows<Code, Q, 1, G>(rows, stride, row, count, tile, vectors, flip, first_id, keeper, query);
 }
 
 template <class Code, int G>
-void scan_group(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, int vectors, int group,
+void scan_group(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, int vectors,
                 uint8_t flip, int64_t first_id, Keeper* keeper, int query, int queries) {
-    if (queries >= 3)
-        scan_tile<Code, 3, 2, G>(rows, stride, count, tile, vectors, group, flip, first_id, keeper, query);
+    if (queries >= 4)
+        scan_tile<Code, 4, 1, G>(rows, stride, count, tile, vectors, flip, first_id, keeper, query);
+    else if (queries == 3)
+        scan_tile<Code, 3, 1, G>(rows, stride, count, tile, vectors, flip, first_id, keeper, query);
     else if (queries == 2)
-        scan_tile<Code, 2, 2, G>(rows, stride, count, tile, vectors, group, flip, first_id, keeper, query);
+        scan_tile<Code, 2, 2, G>(rows, stride, count, tile, vectors, flip, first_id, keeper, query);
     else
-        scan_tile<Code, 1, 4, G>(rows, stride, count, tile, vectors, group, flip, first_id, keeper, query);
+        scan_tile<Code, 1, 4, G>(rows, stride, count, tile, vectors, flip, first_id, keeper, query);
+}
+
+template <class Code>
+void scan_one_tile(const Packed& view, int t, int queries, uint8_t flip, const uint8_t* rows, int64_t stride,
+                   int64_t count, int64_t first_id, Keeper* keeper) {
+    // Narrow codes always allow the largest group: 8*63*15 = 7,560.
+    constexpr bool kNarrow = Code::kLargest < 255;
+    const auto scan = view.groups[t] == 4   ? scan_group<Code, 4>
+                      : view.groups[t] == 3 ? scan_group<Code, kNarrow ? 4 : 3>
+                      : view.groups[t] == 2 ? scan_group<Code, kNarrow ? 4 : 2>
+                                            : scan_group<Code, kNarrow ? 4 : 1>;
+    const int query = t * kTile;
+    scan(rows, stride, count, view.tile(t), view.vectors, flip, first_id, keeper, query, queries - query);
+}
+
+template <class Code>
+void decode(const uint8_t* rows, int64_t stride, int64_t count, int vectors, uint8_t flip, uint8_t* decoded) {
+    for (int64_t row = 0; row < count; ++row, rows += stride)
+        for (int v = 0; v < vectors; ++v, decoded += 32) {
+            const uint8_t* here = rows + static_cast<int64_t>(v) * Code::kBytes;
+#if defined(__AVX2__)
+            const __m256i flips = _mm256_set1_epi8(static_cast<char>(flip));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(decoded), Code::load(here, flips));
+#else
+            for (int i = 0; i < 32; ++i) decoded[i] = static_cast<uint8_t>(Code::value(here, i, flip));
+#endif
+        }
 }
 
 template <class Code>
 void scan_values(int dim, const unsigned char* packed, int queries, uint8_t flip, const uint8_t* rows, int64_t stride,
-                 int64_t count, int64_t first_id, Keeper* keeper) {
+                 int64_t count, int64_t first_id, Keeper* keeper, uint8_t* decoded) {
     const Packed view(packed, dim, queries);
-    const int fitting = kBlockBytes / (view.vectors * Code::kBytes) / 4 * 4;
-    const int64_t block = view.tiles == 1 ? count : fitting < 8 ? 8 : fitting;
+    if (view.tiles == 1) return scan_one_tile<Code>(view, 0, queries, flip, rows, stride, count, first_id, keeper);
+    const int64_t block = block_rows(dim), width = view.vectors * 32;
     for (int64_t begin = 0; begin < count; begin += block) {
         const int64_t now = least(block, count - begin);
-        const uint8_t* here = rows + begin * stride;
-        for (int t = 0; t < view.tiles; ++t) {
-            const int query = t * kTile, left = queries - query, group = view.groups[t];
-            const auto scan = Code::kLargest < 255 || group > kMaxGroup ? scan_group<Code, 0>
-                              : group == 4                              ? scan_group<Code, 4>
-                              : group == 3                              ? scan_group<Code, 3>
-                              : group == 2                              ? scan_group<Code, 2>
-                                                                        : scan_group<Code, 1>;
-            scan(here, stride, now, view.tile(t), view.vectors, group, flip, first_id + begin, keeper, query, left);
-        }
+        decode<Code>(rows + begin * stride, stride, now, view.vectors, flip, decoded);
+        for (int t = 0; t < view.tiles; ++t)
+            scan_one_tile<Decoded>(view, t, queries, flip, decoded, width, now, first_id + begin, keeper);
     }
 }
 
@@ -369,6 +402,10 @@ size_t packed_size(Form form, int dim, int queries) {
     return aligned(sizeof(int32_t) * tiles) + tiles * kTile * vectors_of(dim) * 32;
 }
 
+size_t scratch_size(Form form, int dim) {
+    return form == Form::hamming ? 0 : static_cast<size_t>(block_rows(dim)) * vectors_of(dim) * 32;
+}
+
 void pack(Form form, int dim, const int8_t* u, int queries, uint8_t flip, unsigned char* packed) {
     switch (form) {
         case Form::int8: return pack_values<Int8>(dim, u, queries, packed);
@@ -379,14 +416,14 @@ void pack(Form form, int dim, const int8_t* u, int queries, uint8_t flip, unsign
 }
 
 void scan(Form form, int dim, const unsigned char* packed, int queries, uint8_t flip, const uint8_t* rows,
-          int64_t stride, int64_t count, int64_t first_id, Keeper* keeper) {
+          int64_t stride, int64_t count, int64_t first_id, Keeper* keeper, unsigned char* scratch) {
     switch (form) {
         case Form::int8:
-            return scan_values<Int8>(dim, packed, queries, flip, rows, stride, count, first_id, keeper);
+            return scan_values<Int8>(dim, packed, queries, flip, rows, stride, count, first_id, keeper, scratch);
         case Form::int4:
-            return scan_values<Int4>(dim, packed, queries, flip, rows, stride, count, first_id, keeper);
+            return scan_values<Int4>(dim, packed, queries, flip, rows, stride, count, first_id, keeper, scratch);
         case Form::bits:
-            return scan_values<Bits>(dim, packed, queries, flip, rows, stride, count, first_id, keeper);
+            return scan_values<Bits>(dim, packed, queries, flip, rows, stride, count, first_id, keeper, scratch);
         case Form::hamming: return scan_signs(dim, packed, queries, rows, stride, count, first_id, keeper);
     }
 }
@@ -397,7 +434,7 @@ void scan(Form form, int dim, const unsigned char* packed, int queries, uint8_t 
 }  // namespace
 
 extern const SearchKernels search_kernels;
-const SearchKernels search_kernels = {LEAFKERN_TEXT(LEAFKERN_ISA), packed_size, pack, scan};
+const SearchKernels search_kernels = {LEAFKERN_TEXT(LEAFKERN_ISA), packed_size, scratch_size, pack, scan};
 
 }  // namespace LEAFKERN_ISA
 }  // namespace leafkern

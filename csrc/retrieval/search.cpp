@@ -37,7 +37,7 @@ struct Layout {
     int64_t block;  // queries at a time
     int slots;
     int64_t tail;  // rows at the end of the base of which a kernel would read beyond the buffer
-    size_t packed, tail_rows, keys, numbers;
+    size_t packed, scratch, tail_rows, keys, numbers;
 
     Layout(const SearchKernels& kernels, const SearchArguments& a) {
         const int64_t row = row_bytes(a.form, a.dim), excess = row - stored_bytes(a.form, a.dim);
@@ -48,18 +48,19 @@ struct Layout {
         block = std::clamp<int64_t>(kQueryBytes / row, 12, 1536);
         block = std::max<int64_t>(1, std::min({block, by_keepers, a.queries}));
         packed = aligned(kernels.packed_size(a.form, a.dim, static_cast<int>(block)));
+        scratch = aligned(kernels.scratch_size(a.form, a.dim));
         tail_rows = aligned(tail * row);
         keys = aligned(sizeof(int64_t) * a.k * block * slots);
         numbers = aligned(sizeof(int32_t) * block * slots);
     }
-    size_t total() const { return packed + tail_rows + keys + 2 * numbers; }
+    size_t total() const { return packed + scratch * slots + tail_rows + keys + 2 * numbers; }
 };
 
 struct Pass {
     const SearchKernels& kernels;
     const SearchArguments& a;
     const Layout& layout;
-    unsigned char *packed, *tail_rows;
+    unsigned char *packed, *scratch, *tail_rows;
     int64_t* keys;
     int32_t *counts, *thresholds;
     int64_t first_query;
@@ -73,14 +74,15 @@ struct Pass {
 
     void scan(int64_t index, int slot) const {
         Keeper kept = keeper(slot);
+        unsigned char* space = scratch + slot * layout.scratch;
         const int64_t direct = a.count - layout.tail, begin = index * chunk;
         const int64_t end = std::min(begin + chunk, direct);
         if (begin < end)
             kernels.scan(a.form, a.dim, packed, queries, a.flip, a.rows + begin * a.stride, a.stride, end - begin,
-                         begin, &kept);
+                         begin, &kept, space);
         if (end == direct && layout.tail > 0)
             kernels.scan(a.form, a.dim, packed, queries, a.flip, tail_rows, row_bytes(a.form, a.dim), layout.tail,
-                         direct, &kept);
+                         direct, &kept, space);
     }
 
     // S of the kernels -> I.
@@ -93,7 +95,7 @@ struct Pass {
     }
 
     void merge(int64_t query) const {
-        // Slot 0's keys and those of the other slots, moved together over the space of slot 0 upwards.
+        // All slots' keys are gathered into slot 0's place.
         int64_t* best = keeper(0).keys + query * a.k;
         int64_t kept = counts[query];
         std::sort(best, best + kept, std::greater<int64_t>());
@@ -132,7 +134,8 @@ size_t search_workspace(const SearchKernels& kernels, const SearchArguments& a) 
 
 void search(const SearchKernels& kernels, const SearchArguments& a, unsigned char* workspace) {
     const Layout layout(kernels, a);
-    Pass pass{kernels, a, layout, workspace, workspace + layout.packed, nullptr, nullptr, nullptr, 0, 0, 0};
+    Pass pass{kernels, a, layout, workspace, workspace + layout.packed, nullptr, nullptr, nullptr, nullptr, 0, 0, 0};
+    pass.tail_rows = pass.scratch + layout.scratch * layout.slots;
     pass.keys = reinterpret_cast<int64_t*>(pass.tail_rows + layout.tail_rows);
     pass.counts = reinterpret_cast<int32_t*>(reinterpret_cast<unsigned char*>(pass.keys) + layout.keys);
     pass.thresholds = reinterpret_cast<int32_t*>(reinterpret_cast<unsigned char*>(pass.counts) + layout.numbers);

@@ -34,10 +34,12 @@ struct SearchKernels {
     const char* isa;
     // Bytes that the packed form of `queries` queries takes (a multiple of 64).
     size_t (*packed_size)(Form form, int dim, int queries);
+    // Bytes of working space that one thread's scan needs (a multiple of 32).
+    size_t (*scratch_size)(Form form, int dim);
     void (*pack)(Form form, int dim, const int8_t* u, int queries, uint8_t flip, unsigned char* packed);
     // Offers `count` rows, numbered from first_id up, to the keeper. Rows are read up to row_bytes() each.
     void (*scan)(Form form, int dim, const unsigned char* packed, int queries, uint8_t flip, const uint8_t* rows,
-                 int64_t stride, int64_t count, int64_t first_id, Keeper* keeper);
+                 int64_t stride, int64_t count, int64_t first_id, Keeper* keeper, unsigned char* scratch);
 };
 
 namespace portable { extern const SearchKernels search_kernels; }
