@@ -293,6 +293,8 @@ class Encoder:
             raise unknown_name("precision", precision, PRECISIONS)
         if output not in OUTPUTS:
             raise unknown_name("output", output, OUTPUTS)
+        if precision == "fp8" and output == "numpy":
+            raise InputError("output: numpy has no fp8; use output='torch' or 'quantized'")
         width = self.dim if dim is None else self._width(dim)
         single = isinstance(texts, str)
         token_ids = self.tokenize([texts] if single else list(texts), self.prompt_text(prompt, prompt_text))
