@@ -1,4 +1,4 @@
-"""`python -m leafkern.bench [OP...] [--peers] [--report F.html] [--size tiny|small|full] [--model M] [--results DIR]`."""
+"""`python -m leafkern.bench`: the same as `leafkern bench`, with the size and folder of results to choose."""
 
 import argparse
 import sys
