@@ -260,7 +260,7 @@ class Loop:
     def _evaluate(self, history: History) -> None:
         if not self.prepared.validation:
             return
-        self.bars("evaluate", 0, 1)
-        found = self.prepared.validation.measure(self.prepared.student, self.prepared.prompts)
+        prepared = self.prepared
+        found = prepared.validation.measure(prepared.student, prepared.prompts, self.bars.texts("evaluate"))
         history.add({"event": "evaluate", "step": self.step, **found})
         self.bars("evaluate", 1, 1, **found)

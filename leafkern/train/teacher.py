@@ -12,12 +12,11 @@ import numpy as np
 
 from leafkern.encode import Encoder
 from leafkern.errors import InputError
+from leafkern.evaluate import prompt_for
 from leafkern.textio import read_vectors
 from leafkern.train.cache import check_vectors
+from leafkern.train.recipe import Prompts
 from leafkern.train.recipe import Teacher as TeacherRecipe
-
-# Names under which a model's own files keep the prompt of each kind, best first.
-PROMPT_NAMES = {"queries": ("query",), "documents": ("document", "passage")}
 
 Progress = Callable[[int, int], None]
 
@@ -34,15 +33,13 @@ class Teacher(Protocol):
         """(len(texts), D), floating point."""
 
 
-def model_prompts(encoder: Encoder, given) -> dict[str, str]:
+def model_prompts(encoder: Encoder, given: Prompts) -> dict[str, str]:
     """Literal prompt per kind: the recipe's, else the model's own for that kind, else its default one."""
-    prompts = {}
-    for kind, names in PROMPT_NAMES.items():
-        own = next((encoder.prompts[name] for name in names if name in encoder.prompts), None)
-        if own is None:
-            own = encoder.prompts.get(encoder.default_prompt, "") if encoder.default_prompt else ""
-        prompts[kind] = own if getattr(given, kind) is None else getattr(given, kind)
-    return prompts
+    own = {
+        "queries": encoder.prompt_text(prompt_for(encoder, "query")),
+        "documents": encoder.prompt_text(prompt_for(encoder, "document")),
+    }
+    return {kind: text if getattr(given, kind) is None else getattr(given, kind) for kind, text in own.items()}
 
 
 class ModelTeacher:
@@ -79,7 +76,7 @@ class CallableTeacher:
     def __init__(self, recipe: TeacherRecipe):
         self.name = recipe.callable
         self.revision = recipe.id
-        self.prompts = {kind: getattr(recipe.prompts, kind) or "" for kind in PROMPT_NAMES}
+        self.prompts = {"documents": recipe.prompts.documents or "", "queries": recipe.prompts.queries or ""}
         module, _, function = recipe.callable.partition(":")
         # As with `python -m`, so that the command line finds a module beside the recipe too.
         if os.getcwd() not in sys.path and "" not in sys.path:

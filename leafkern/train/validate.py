@@ -4,8 +4,8 @@ Agreement alone misleads: a student whose cosine to its teacher sticks at 0.77 r
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,20 +13,16 @@ import torch.nn.functional as F
 
 from leafkern.encode import Encoder
 from leafkern.errors import InputError
+from leafkern.evaluate import Retrieval, load_beir, ndcg
 from leafkern.ops import alignment_loss, search
 from leafkern.textio import read_texts
 from leafkern.train.data import KINDS
 
-if TYPE_CHECKING:
-    from leafkern.evaluate import Retrieval
-
 DEPTH = 10
 
 
-def load_retrieval(path: str) -> "Retrieval":
+def load_retrieval(path: str) -> Retrieval:
     """A BEIR folder, or known items: rows of a .jsonl or .parquet with the fields query and document."""
-    from leafkern.evaluate import Retrieval, load_beir
-
     if Path(path).is_dir():
         return load_beir(path)
     if not Path(path).exists():
@@ -48,38 +44,46 @@ class Validation:
     texts: list[str]
     kinds: np.ndarray
     targets: torch.Tensor
-    retrieval: "Retrieval | None"
+    retrieval: Retrieval | None
     loss: str
 
     def __bool__(self) -> bool:
         return bool(self.texts) or self.retrieval is not None
 
-    def measure(self, student: Encoder, prompts: dict[str, str]) -> dict[str, float]:
+    def measure(
+        self, student: Encoder, prompts: dict[str, str], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[str, float]:
         """validation_loss, validation_cosine (mean over texts) and ndcg@10, those that there is data for."""
+        data = self.retrieval
+        total = len(self.texts) + (len(data.corpus_texts) + len(data.query_texts) if data else 0)
+        encoded = 0
+
+        def encode(texts: list[str], kind: str) -> torch.Tensor:
+            """(N, dim) on the CPU, as the student gives them."""
+            nonlocal encoded
+            vectors = student.encode(
+                texts,
+                prompt_text=prompts[kind],
+                normalize=student.module.normalize,
+                output="torch",
+                progress=lambda done, _: progress(encoded + done, total),
+            )
+            encoded += len(texts)
+            return vectors.cpu()
+
         found: dict[str, float] = {}
         if self.texts:
             vectors = torch.empty_like(self.targets)
             for number, kind in enumerate(KINDS):
                 rows = np.flatnonzero(self.kinds == number)
                 if len(rows):
-                    vectors[rows] = _encode(student, [self.texts[row] for row in rows], prompts[kind])
+                    vectors[rows] = encode([self.texts[row] for row in rows], kind)
             found["validation_loss"] = alignment_loss(vectors, self.targets, kind=self.loss).item()
             found["validation_cosine"] = F.cosine_similarity(vectors, self.targets).mean().item()
-        if self.retrieval is not None:
-            found["ndcg@10"] = self._ndcg(student, prompts)
+        if data is not None:
+            documents = F.normalize(encode(data.corpus_texts, "documents"))
+            queries = F.normalize(encode(data.query_texts, "queries"))
+            _, rows = search(queries, documents, DEPTH)
+            ranked = [[data.corpus_ids[row] for row in of_query] for of_query in rows.tolist()]
+            found["ndcg@10"] = float(ndcg(ranked, data.query_ids, data.qrels, k=DEPTH))
         return found
-
-    def _ndcg(self, student: Encoder, prompts: dict[str, str]) -> float:
-        from leafkern.evaluate import ndcg
-
-        data = self.retrieval
-        documents = F.normalize(_encode(student, data.corpus_texts, prompts["documents"]))
-        queries = F.normalize(_encode(student, data.query_texts, prompts["queries"]))
-        _, rows = search(queries, documents, DEPTH)
-        ranked = [[data.corpus_ids[row] for row in of_query] for of_query in rows.tolist()]
-        return float(ndcg(ranked, data.query_ids, data.qrels, k=DEPTH))
-
-
-def _encode(student: Encoder, texts: list[str], prompt: str) -> torch.Tensor:
-    """(N, dim) on the CPU, as the student gives them."""
-    return student.encode(texts, prompt_text=prompt, normalize=student.module.normalize, output="torch").cpu()
