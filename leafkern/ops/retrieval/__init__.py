@@ -175,6 +175,7 @@ def search(
     check_finite_rows("queries", queries)
 
     queries = queries.detach().float()
+    levels = [level if isinstance(level, Quantized) else level.detach() for level in levels]
     query_bits = query_bits or (8 if levels or not binary else 1)
     keep = k * oversample if levels else k
     scores, ids = _first_stage(queries, base, keep, query_bits)

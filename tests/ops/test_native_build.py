@@ -1,0 +1,117 @@
+"""Installing with and without a compiler, and the kernels under the sanitizers, in copies of the sources."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def sources(tmp_path) -> Path:
+    if importlib.util.find_spec("pybind11") is None or importlib.util.find_spec("setuptools") is None:
+        pytest.skip("needs pybind11 and setuptools")
+    copy = tmp_path / "sources"
+    for name in ("leafkern", "csrc", "bench"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def install(sources: Path, **environment) -> tuple[Path, str]:
+    site = sources.parent / "site"
+    command = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "--target", site, "."]
+    done = subprocess.run(
+        command, cwd=sources, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return site, done.stdout + done.stderr
+
+
+def run(site: Path, *command: object, **environment) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(site), **environment}
+    return subprocess.run(
+        [sys.executable, *command], cwd=site, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+SEARCH = """
+import warnings, torch, leafkern
+from pathlib import Path
+assert Path(leafkern.__file__).is_relative_to(Path.cwd()), leafkern.__file__
+from leafkern.ops import quantize, search
+from leafkern.ops._core.native import library
+x = torch.nn.functional.normalize(torch.randn(200, 16), dim=1)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        ids = search(x[:5], quantize(x, "int8"), 1)[1]
+assert ids.flatten().tolist() == [0, 1, 2, 3, 4]
+print("native" if library()[0] else "reference", len(caught), *(str(w.message) for w in caught))
+"""
+
+
+def test_without_a_compiler_the_reference_serves(sources):
+    site, log = install(sources, CC="/bin/false", CXX="/bin/false")
+    assert "native kernels not built" in log
+    done = run(site, "-c", SEARCH)
+    assert done.returncode == 0, done.stderr
+    # Said once, not at every call.
+    assert done.stdout.startswith("reference 1 ")
+    assert "install a C++ compiler" in done.stdout
+
+
+def test_native_can_be_required_and_refused(sources):
+    site, _ = install(sources, LEAFKERN_NATIVE="0")
+    assert run(site, "-c", SEARCH).stdout.startswith("reference 1")
+    with pytest.raises(AssertionError, match="failed with exit code"):
+        install(sources, LEAFKERN_NATIVE="1", CC="/bin/false", CXX="/bin/false")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize(
+    ("sanitizer", "library"), [("address", "libasan.so"), ("undefined", "libubsan.so"), ("thread", "libtsan.so")]
+)
+def test_kernels_under_sanitizers(sources, sanitizer, library):
+    found = subprocess.run(["g++", f"-print-file-name={library}"], capture_output=True, text=True).stdout.strip()
+    if not Path(found).is_absolute():
+        pytest.skip(f"{library} is not installed")
+    flags = f"-fsanitize={sanitizer} -fno-sanitize-recover=all -O1"
+    site, _ = install(sources, LEAFKERN_NATIVE="1", LEAFKERN_CXXFLAGS=flags)
+    chosen = "definition or every_thread or saturate or view or beyond or equal_scores"
+    if sanitizer == "thread":
+        # Torch's own threads are not instrumented; only the kernels' pool is watched, by a program of our own.
+        done = run(site, "-c", POOL, LD_PRELOAD=found, TSAN_OPTIONS="halt_on_error=1 exitcode=66", OMP_NUM_THREADS="1")
+    else:
+        tests = ROOT / "tests" / "ops" / "test_retrieval.py"
+        command = ["-m", "pytest", "-x", "-q", "--rootdir", site, "-c", "/dev/null", "-k", chosen, tests]
+        done = run(site, *command, LD_PRELOAD=found, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+POOL = """
+import threading, numpy as np
+from leafkern import _C
+rng = np.random.default_rng(0)
+codes = rng.integers(-128, 128, (20000, 128), dtype=np.int8)
+u = rng.integers(-63, 64, (4, 128), dtype=np.int8)
+def search(threads):
+    scores, ids = np.empty((4, 10), np.int32), np.empty((4, 10), np.int64)
+    sizes = (0, 128, 0, 4, 20000, 128, 10, threads)
+    space = np.empty(_C.search_workspace(*sizes) + 64, np.uint8)
+    pointers = [part.ctypes.data for part in (u, codes, scores, ids, space)]
+    _C.search(*sizes, *pointers, len(space))
+    return ids
+expected = search(1)
+workers = [threading.Thread(target=lambda: [search(4) for _ in range(20)]) for _ in range(3)]
+for worker in workers: worker.start()
+for worker in workers: worker.join()
+assert np.array_equal(search(4), expected)
+"""
