@@ -148,7 +148,7 @@ caption{text-align:left;color:var(--soft);padding-bottom:6px}
 th,td{padding:5px 10px;text-align:left;white-space:nowrap}th:first-child,td:first-child{padding-left:0}
 th{font-weight:600;color:var(--soft);border-bottom:1px solid var(--ink);vertical-align:bottom;white-space:normal;
 line-height:1.25}
-td{border-bottom:1px solid var(--line)}tr.first td{border-top:1px solid var(--soft)}.n{text-align:right}
+td{border-bottom:1px solid var(--line)}tr.first td{border-top:2px solid var(--soft)}.n{text-align:right}
 td.best{color:var(--best);background:var(--best-bg);font-weight:600}
 pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;overflow-x:auto;
 font:13px/1.5 ui-monospace,"SFMono-Regular",Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap}

@@ -1,6 +1,7 @@
 """The page of an evaluation: what a smaller student, a shorter vector and fewer bits each cost."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from leafkern.report import Html, Point, Section, Series, cards, render, scatter, table
 from leafkern.report.plot import frontier
@@ -132,8 +133,8 @@ def plots(result: Mapping) -> list[str | Html]:
             x=f"queries per second, search alone, {result['task']['queries']} queries in one call (log scale)",
             y=f"{name}, {main}",
             log_x=True,
-            caption="Higher and further right is better. Binary codes are scanned fastest; rescoring the best few "
-            "candidates with int8 buys back most of what the sign bits lose.",
+            caption="Higher and further right is better. Measured on this corpus and machine: rescoring costs the same "
+            "for every query, so it weighs less the more documents are scanned.",
         )
     else:
         by_precision = []
@@ -190,7 +191,9 @@ def page(result: Mapping, title: str | None = None) -> str:
         if task["kind"] == "retrieval"
         else f"{task['pairs']:,} pairs of sentences"
     )
-    models = "; ".join(f"{role}: {model['name']}" for role, model in result.get("models", {}).items())
+    models = "; ".join(
+        f"{role}: {'/'.join(Path(model['name']).parts[-2:])}" for role, model in result.get("models", {}).items()
+    )
     machine = result["machine"]
     foot = (
         f"leafkern {machine['leafkern']}, torch {machine['torch']}, {machine['threads']} threads, {machine['machine']}."

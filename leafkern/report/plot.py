@@ -126,24 +126,26 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
     return ticks
 
 
-def _tick_text(value: float) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            return f"{value / (limit if unit != 'k' else 1e3):g}{unit}"
-    return f"{value:g}"
+def _tick_texts(ticks: Sequence[float]) -> list[str]:
+    """All in one unit, the largest tick's, from ten thousand on."""
+    largest = max(map(abs, ticks), default=0)
+    for least, size, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if largest >= least:
+            return [f"{tick / size:g}{unit if tick else ''}" for tick in ticks]
+    return [f"{tick:g}" for tick in ticks]
 
 
 def _frame(place_x, place_y, ticks_x, ticks_y, right, x, y) -> str:
     bottom = HEIGHT - _BOTTOM
     parts = []
-    for tick in ticks_y:
+    for tick, text in zip(ticks_y, _tick_texts(ticks_y)):
         at = place_y(tick)
         parts.append(f'<path class="grid" d="M{_LEFT} {at:.1f}H{right:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{_tick_text(tick)}</text>')
-    for tick in ticks_x:
+        parts.append(f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
+    for tick, text in zip(ticks_x, _tick_texts(ticks_x)):
         at = place_x(tick)
         parts.append(f'<path class="axis" d="M{at:.1f} {bottom}v5"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 19}" text-anchor="middle">{_tick_text(tick)}</text>')
+        parts.append(f'<text x="{at:.1f}" y="{bottom + 19}" text-anchor="middle">{text}</text>')
     parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right:.1f}"/>')
     middle = (_LEFT + right) / 2
     parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{escape(x)}</text>')
