@@ -53,8 +53,8 @@ def _sample(q: int) -> list[int]:
     return sorted({round(i * (q - 1) / max(1, SAMPLE - 1)) for i in range(min(q, SAMPLE))})
 
 
-def _query_sets(q: int, rows: int) -> list[torch.Tensor]:
-    return [queries_for(q, DIM, rows, seed) for seed in range(4)]
+def _query_sets(q: int, rows: int, sets: int) -> list[torch.Tensor]:
+    return [queries_for(q, DIM, rows, seed) for seed in range(sets)]
 
 
 def _ours(queries, bases, **options) -> Contestant:
@@ -158,11 +158,15 @@ def _int8_peers(base, vectors, queries, q) -> list[Contestant]:
         peers.append(
             _scores_only("NumKong packed i8 dots", numkong.dots_packed, numkong, packed, integers, "int32", q, scores)
         )
-    peers.extend(
+    return peers + _float_beside(vectors, queries, q)
+
+
+def _float_beside(vectors, queries, q) -> list[Contestant]:
+    """float32 peers beside int8, for few queries; for many, the float32 case has them."""
+    return [
         Contestant(c.name + " (float32)", c.run, c.check, same_job=False, note="4 times the bytes, exact scores")
-        for c in _float_peers(vectors, queries, q)
-    )
-    return peers
+        for c in (_float_peers(vectors, queries, q) if q < 1000 else [])
+    ]
 
 
 def _usearch(name, base, queries, metric, options, scores, q) -> Contestant:
@@ -263,7 +267,7 @@ def _binary_peers(bases, queries, q) -> list[Contestant]:
 
 
 def _work(precision: str, rows: int, q: int, device: str) -> Work:
-    """Operations and bytes of limits that no exact search can go below."""
+    """The operations and bytes that no exact search of this kind can go below."""
     pairs = float(rows) * q * DIM
     gemm = "fp32_gemm" if device == "cpu" else "bf16_gemm"
     operations, unit, rates, per_row = {
@@ -276,7 +280,9 @@ def _work(precision: str, rows: int, q: int, device: str) -> Work:
 
 
 def _case(precision: str, rows: int, q: int, device: str, peers: bool) -> Case:
-    queries = [x.to(device) for x in _query_sets(q, rows)]
+    # A base of bits would stay in the cache; the others are too large for it, and many queries rotate by themselves.
+    sets = BINARY_BASES if q < 1000 or precision in ("binary", "asymmetric") else 2
+    queries = [x.to(device) for x in _query_sets(q, rows, sets)]
     contestants = []
     if precision == "float32":
         base = _vectors(rows, 0).to(device)
@@ -288,10 +294,7 @@ def _case(precision: str, rows: int, q: int, device: str, peers: bool) -> Case:
         if peers and device == "cpu":
             contestants += _int8_peers(base, vectors, queries, q)
         elif peers:
-            contestants += [
-                Contestant(c.name + " (float32)", c.run, c.check, same_job=False, note="4 times the bytes")
-                for c in _float_peers(vectors.to(device), queries, q)
-            ]
+            contestants += _float_beside(vectors.to(device), queries, q)
     else:
         bases = _bits(rows)
         bits = 1 if precision == "binary" else 8
@@ -303,7 +306,7 @@ def _case(precision: str, rows: int, q: int, device: str, peers: bool) -> Case:
                 others = [Contestant(c.name, c.run, c.check, same_job=False, note="Hamming") for c in others]
             contestants += others
     shape = {"N": rows, "D": DIM, "Q": q, "k": K}
-    return Case("search", f"{precision}/Q{q}", shape, _work(precision, rows, q, device), contestants, 4, device)
+    return Case("search", f"{precision}/Q{q}", shape, _work(precision, rows, q, device), contestants, sets, device)
 
 
 def pytest_generate_tests(metafunc):

@@ -138,9 +138,9 @@ def _rounds(alive, costs, case: Case, budget: float, synchronize, benchmark) -> 
 
     def before_ours():
         allocator, number = next(position)
-        if number == 0:
+        if number == 0 and allocator != allocators[0]:
             set_allocator(allocator)
-            for contestant in alive:  # warm-up under this allocator
+            for contestant in alive:  # warm-up under this allocator; the checks were the first one's
                 contestant.run(0)
             synchronize()
         for contestant in others:
