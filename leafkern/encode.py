@@ -23,6 +23,8 @@ OUTPUTS = ("numpy", "torch", "quantized")
 _FLOATS = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 # Tokens per batch: small batches stay in a CPU's caches; a GPU wants enough work for every launch.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
+# Texts per call of the tokenizers library, whose result takes some kilobytes per text.
+_TOKENIZE_TEXTS = 8192
 
 Progress = bool | Callable[[int, int], None] | None
 
@@ -44,9 +46,9 @@ class Encoder:
         dim: int | None = None,
         name: str = "",
     ):
-        limit = module.backbone.max_length
-        if max_length < 1 or (limit is not None and max_length > limit):
-            raise InputError(f"max_length: {max_length}; this model takes 1 to {limit} tokens")
+        least, most = tokenizer.num_special_tokens_to_add(False) + 1, module.backbone.max_length
+        if max_length < least or (most is not None and max_length > most):
+            raise InputError(f"max_length: {max_length}; this model takes {least} to {most or 'any number of'} tokens")
         if default_prompt is not None and default_prompt not in (prompts or {}):
             raise unknown_name("default_prompt", default_prompt, prompts or {})
         self.module = module
@@ -229,21 +231,24 @@ class Encoder:
         for row, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"texts: row {row} is {type(text).__name__}, not str")
-        try:
-            encodings = self.tokenizer.encode_batch_fast([prompt + text for text in texts] if prompt else list(texts))
-        except TypeError:
-            row = next(row for row, text in enumerate(texts) if not _encodable(prompt + text))
-            raise InputError(f"texts: row {row} holds a lone surrogate, which is no valid Unicode text") from None
-        if not self._cut_reported:
-            cut = sum(1 for encoding in encodings if len(encoding) == self.max_length and encoding.overflowing)
-            if cut:
-                self._cut_reported = True
-                warnings.warn(
-                    f"{cut} of {len(texts)} texts are longer than max_length = {self.max_length} tokens and were cut "
-                    "(said once)",
-                    stacklevel=2,
-                )
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        token_ids, cut = [], 0
+        for start in range(0, len(texts), _TOKENIZE_TEXTS):
+            block = [prompt + text for text in texts[start : start + _TOKENIZE_TEXTS]]
+            try:
+                encodings = self.tokenizer.encode_batch_fast(block)
+            except TypeError:
+                row = start + next(row for row, text in enumerate(block) if not _encodable(text))
+                raise InputError(f"texts: row {row} holds a lone surrogate, which is no valid Unicode text") from None
+            token_ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
+            cut += sum(1 for encoding in encodings if len(encoding) == self.max_length and encoding.overflowing)
+        if cut and not self._cut_reported:
+            self._cut_reported = True
+            warnings.warn(
+                f"{cut} of {len(texts)} texts are longer than max_length = {self.max_length} tokens and were cut "
+                "(said once)",
+                stacklevel=2,
+            )
+        return token_ids
 
     def collate(self, token_ids: Sequence[np.ndarray]) -> PackedBatch:
         """One packed batch on this encoder's device, in the order given."""

@@ -135,6 +135,8 @@ def _read_pooling(folder: Path) -> str:
 
 def _read_dense(folder: Path) -> Dense:
     config = read_json(folder / "config.json", "Dense config")
+    if not all(isinstance(config.get(key), int) for key in ("in_features", "out_features")):
+        raise DamagedFileError(f"{folder / 'config.json'}: no in_features or out_features; expected a Dense config")
     for key in ("module_input_name", "module_output_name"):
         if config.get(key) not in (None, "sentence_embedding"):
             raise InputError(f"{folder}: {key} {config[key]!r} is not supported; expected 'sentence_embedding'")
@@ -198,7 +200,12 @@ def load_backbone(folder: Path, dtype: torch.dtype) -> nn.Module:
         raise InputError(f"model: there is no config.json in {folder}; expected the folder of a model")
     config = read_json(folder / "config.json", "model config")
     if not PackedConfig.serves(config):
-        read_weights_exist(folder)
+        positions = config.get("position_embedding_type", "absolute")
+        if config.get("model_type") == "bert" and positions != "absolute":
+            # transformers would run such a model as if its positions were absolute, with wrong vectors.
+            raise InputError(f"model: {folder}: position_embedding_type {positions!r} is not supported for BERT")
+        if not any(folder.glob("*.safetensors")):
+            read_weights(folder)  # says what is missing
         return TransformersBackbone.from_folder(folder, dtype)
     with torch.device("meta"):
         backbone = PackedEncoder(PackedConfig.from_dict(config))
@@ -206,12 +213,6 @@ def load_backbone(folder: Path, dtype: torch.dtype) -> nn.Module:
     tensors = {_bert_name(name): tensor for name, tensor in read_weights(folder).items()}
     load_weights(backbone, tensors, folder)
     return backbone
-
-
-def read_weights_exist(folder: Path) -> None:
-    """Refuses a folder without safetensors before transformers falls back to anything else."""
-    if not any(folder.glob("*.safetensors")):
-        read_weights(folder)
 
 
 def load_tokenizer(folder: Path, *, fast: bool, lowercase: bool) -> tuple[Tokenizer, dict]:

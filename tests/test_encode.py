@@ -198,6 +198,33 @@ def test_sharded_weights(tiny_copy, tiny):
         opened(tiny_copy)
 
 
+@pytest.mark.parametrize("kind", ["alibi", "relative_key"])
+def test_position_schemes_that_would_be_dropped_silently_are_refused(tiny_copy, kind):
+    edit_json(tiny_copy / "config.json", position_embedding_type=kind)
+    with pytest.raises(InputError, match=f"position_embedding_type '{kind}' is not supported"):
+        opened(tiny_copy)
+
+
+def test_weights_missing_from_another_family_are_named(tiny_copy):
+    from transformers import AutoModel, RobertaConfig
+
+    sizes = {"vocab_size": 200, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    AutoModel.from_config(RobertaConfig(num_hidden_layers=1, **sizes)).save_pretrained(tiny_copy)
+    edit_json(tiny_copy / "config.json", num_hidden_layers=2)
+    with pytest.raises(InputError, match=r"no weights .*encoder\.layer\.1"):
+        opened(tiny_copy)
+
+
+def test_dense_without_its_sizes_is_named(tiny_copy):
+    modules = json.loads((tiny_copy / "modules.json").read_text())
+    modules.insert(2, {"type": "sentence_transformers.models.Dense", "path": "2_Dense"})
+    (tiny_copy / "modules.json").write_text(json.dumps(modules))
+    (tiny_copy / "2_Dense").mkdir()
+    (tiny_copy / "2_Dense" / "config.json").write_text('{"in_features": 32}')
+    with pytest.raises(DamagedFileError, match="out_features"):
+        opened(tiny_copy)
+
+
 def test_pickled_weights_are_refused(tiny_copy):
     (tiny_copy / "model.safetensors").rename(tiny_copy / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"only pytorch_model\.bin, a pickle.*save_pretrained"):
@@ -284,7 +311,8 @@ def test_unknown_models(tiny_bert, tmp_path):
         ({"compute": "int8"}, "'int8' is not yet available"),
         ({"dim": 33}, "dim: 33 .* have 32 numbers"),
         ({"dim": 0}, "dim: 0"),
-        ({"max_length": 65}, "max_length: 65; this model takes 1 to 64"),
+        ({"max_length": 65}, "max_length: 65; this model takes 3 to 64"),
+        ({"max_length": 2}, "max_length: 2; this model takes 3 to 64"),
     ],
 )
 def test_wrong_options(tiny_bert, options, message):
@@ -328,6 +356,14 @@ def test_batches_hold_every_row_once_within_the_budget(tiny):
     assert sorted(np.concatenate(found)) == list(range(200))
     assert all(len(rows) * lengths[rows].max() <= 100 or len(rows) == 1 for rows in found[:-1])
     assert tiny.batches([], 100) == []
+
+
+def test_texts_are_tokenised_in_blocks(tiny, monkeypatch):
+    whole = tiny.tokenize(TEXTS, "how to ")
+    monkeypatch.setattr("leafkern.encode._TOKENIZE_TEXTS", 3)
+    assert all(np.array_equal(*pair) for pair in zip(tiny.tokenize(TEXTS, "how to "), whole, strict=True))
+    with pytest.raises(InputError, match="row 7 holds a lone surrogate"):
+        tiny.tokenize(["a"] * 7 + ["\ud800"])
 
 
 def test_single_text_and_none(tiny):

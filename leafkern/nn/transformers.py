@@ -27,12 +27,14 @@ class TransformersBackbone(nn.Module):
     def from_folder(cls, folder: Path, dtype: torch.dtype) -> "TransformersBackbone":
         from transformers import AutoModel
 
+        options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
         try:
-            model = AutoModel.from_pretrained(
-                str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
-            )
+            model, info = AutoModel.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, **options)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"model: transformers can't open {folder}: {error}") from None
+        missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+        if missing:
+            raise InputError(f"model: {folder} has no weights {missing[0]!r}; is its config.json of another model?")
         return cls(model)
 
     @property
