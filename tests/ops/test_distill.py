@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from tolerances import TOLERANCE
 
 from leafkern.errors import InputError
 from leafkern.ops import alignment_loss
 from leafkern.ops.distill.reference import KINDS, brute_alignment_loss
-
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-12}
 
 
 def pair(rows, width, dtype=torch.float64):
