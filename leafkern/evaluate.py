@@ -192,7 +192,7 @@ def split_precision(name: str) -> tuple[str, str | None]:
     """ "binary+int8" as ("binary", "int8"): codes scanned, codes that rescore; checked."""
     coarse, _, fine = name.partition("+")
     if coarse not in PRECISIONS:
-        raise unknown_name("precisions", name, [*PRECISIONS, *DEFAULT_PRECISIONS])
+        raise unknown_name("precisions", name, {*PRECISIONS, *DEFAULT_PRECISIONS})
     if fine and (fine not in RESCORE_PRECISIONS or PRECISIONS.index(fine) >= PRECISIONS.index(coarse)):
         raise InputError(f"precisions: {name!r}: {fine!r} is no finer precision than {coarse!r}")
     return coarse, fine or None

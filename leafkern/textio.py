@@ -200,6 +200,17 @@ def _parquet_pairs(path, field: str, id_field: str | None, rows: int) -> Iterato
             row += 1
 
 
+def read_column(path: str | os.PathLike, name: str) -> list[str | int]:
+    """One column of a .parquet file, of strings or integers (ids beside vectors)."""
+    file = _parquet(path)
+    _column(path, file, name)
+    values = file.read(columns=[name]).column(name).to_pylist()
+    for row, value in enumerate(values):
+        if not isinstance(value, (str, int)):
+            raise InputError(f"{path}: row {row}: column {name!r} must be str or int, got {type(value).__name__}")
+    return values
+
+
 def read_vectors(path: str | os.PathLike) -> Vectors:
     """The vectors of a file as (texts or None, array (N, D) of float16, float32 or float64); .npy is memory-mapped.
 

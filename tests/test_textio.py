@@ -135,6 +135,16 @@ def test_other_peoples_vectors(tmp_path):
     np.testing.assert_allclose(textio.read_vectors(tmp_path / "a.parquet").vectors, vectors)
 
 
+def test_columns(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": [3, None], "name": ["a", "b"]}), path)
+    assert textio.read_column(path, "name") == ["a", "b"]
+    with pytest.raises(InputError, match="row 1: column 'id' must be str or int, got NoneType"):
+        textio.read_column(path, "id")
+    with pytest.raises(InputError, match="unknown name 'nam'; did you mean 'name'"):
+        textio.read_column(path, "nam")
+
+
 def test_bad_vectors(tmp_path):
     def refused(name, message):
         with pytest.raises(InputError, match=message):

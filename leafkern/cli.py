@@ -1,0 +1,401 @@
+"""The command line: thin, and quick to start, for every command imports what it needs when it runs."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from leafkern.console import guarded, progress_bar, say
+from leafkern.errors import InputError
+
+if TYPE_CHECKING:
+    from leafkern.bulk import Documents
+    from leafkern.encode import Encoder
+
+app = typer.Typer(
+    name="leafkern",
+    help="Distil, encode, index and search with small embedding models.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+index_app = typer.Typer(help="Make, extend and look at an index.", no_args_is_help=False)
+app.add_typer(index_app, name="index")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="a model's folder or hub id")]
+IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="the index's folder")]
+Input = Annotated[str, typer.Argument(metavar="INPUT", help="a file of texts or vectors; '-' is standard input")]
+Field = Annotated[str, typer.Option(help="field or column of the text in .jsonl and .parquet")]
+IdsField = Annotated[str | None, typer.Option(help="field or column of the ids; without it rows are numbered")]
+ModelOption = Annotated[str | None, typer.Option(help="the model that encodes INPUT when it holds texts")]
+Prompt = Annotated[str | None, typer.Option(metavar="NAME", help="one of the model's prompts, put before every text")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the first GPU, else the CPU")]
+
+
+def main() -> None:
+    """The entry point: runs the command and exits with 0 (fine), 1 (failed), 2 (wrong use) or 130 (Ctrl-C)."""
+    arguments = sys.argv[1:] or ["--help"]
+    literal = arguments.index("--") if "--" in arguments else len(arguments)
+    debug = "--debug" in arguments[:literal]
+    arguments = [a for i, a in enumerate(arguments) if a != "--debug" or i > literal]
+
+    def run() -> int | None:
+        try:
+            return app(arguments, prog_name="leafkern", standalone_mode=False)
+        except typer.Abort:
+            raise KeyboardInterrupt from None
+
+    sys.exit(guarded(run, debug))
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    if version:
+        from leafkern import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a .yaml recipe")],
+    set: Annotated[list[str] | None, typer.Option(metavar="a.b=c", help="replaces one entry; may be repeated")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="folder of all that is written")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
+) -> None:
+    """Distil a student as a recipe says, and print where its model is.
+
+    Example: `leafkern train recipe.yaml --set optimiser.lr=2e-4 --output runs/first`
+    """
+    from leafkern.train import run
+
+    result = run(recipe, resume=resume, output=output, overrides=tuple(set or ()), dry_run=dry_run)
+    if not dry_run:
+        print(result.model)
+
+
+@app.command()
+def encode(
+    model: Model,
+    input: Input,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help=".npy, .safetensors or .parquet")],
+    field: Field = "text",
+    dim: Annotated[int | None, typer.Option(help="keep the first DIM numbers of each vector (MRL), normalised")] = None,
+    precision: Annotated[str, typer.Option(help="float32, float16, int8, int4, binary or ubinary")] = "float32",
+    prompt: Prompt = None,
+    device: Device = None,
+) -> None:
+    """Turn texts (.txt, .jsonl, both also .gz; .parquet; '-') into vectors, row for row.
+
+    Big files are read in blocks. int8 and int4 go to .safetensors, with their scale and offset; their ranges are those
+    of the first 16,384 texts.
+
+    Example: `leafkern encode my-model docs.jsonl -o docs.npy --field body`
+    """
+    from leafkern.bulk import encode_file
+
+    with progress_bar() as report:
+        rows, width = encode_file(
+            lambda: open_model(model, device),
+            input,
+            output,
+            field=field,
+            dim=dim,
+            precision=precision,
+            prompt=prompt,
+            progress=report,
+        )
+    say(f"{rows:,} vectors of width {width}, {precision}: {output}")
+
+
+@index_app.command("build")
+def index_build(
+    index: IndexPath,
+    input: Input,
+    model: ModelOption = None,
+    precision: Annotated[str, typer.Option(help="of the codes scanned: float32, float16, int8, int4, binary")] = "int8",
+    rescore: Annotated[str, typer.Option(help="finer codes for the best candidates, or none")] = "float16",
+    field: Field = "text",
+    ids_field: IdsField = None,
+    prompt: Prompt = None,
+    texts: Annotated[bool, typer.Option(help="keep the texts, for search to show")] = True,
+    device: Device = None,
+) -> None:
+    """Make an index of vectors (.npy, .safetensors, .parquet) or, with --model, of texts.
+
+    Example: `leafkern index build my-index docs.jsonl --model my-model --field body --ids-field id`
+    """
+    from leafkern.index import Index, checked_rescore
+
+    finer = None if rescore == "none" else rescore
+    checked_rescore(precision, finer)
+    with _documents(input, model, field, ids_field, prompt, device) as given:
+        built = Index.build(
+            index,
+            given.vectors,
+            ids=given.ids,
+            precision=precision,
+            rescore=finer,
+            encoder=given.encoder,
+            prompt=given.prompt,
+            texts=given.texts if texts else None,
+        )
+    say(f"{len(built):,} vectors of width {built.width}, {built.precision}, rescored {built.rescore}")
+    print(index)
+
+
+@index_app.command("add")
+def index_add(
+    index: IndexPath,
+    input: Input,
+    model: ModelOption = None,
+    field: Field = "text",
+    ids_field: IdsField = None,
+    prompt: Prompt = None,
+    device: Device = None,
+) -> None:
+    """Append vectors or, with --model, texts; another model or prompt than the index's is refused.
+
+    Example: `leafkern index add my-index more.jsonl --model my-model --field body --ids-field id`
+    """
+    from leafkern.index import Index
+
+    opened = Index.open(index)
+    with _documents(input, model, field, ids_field, prompt, device, check=opened.require) as given:
+        texts = given.texts if opened.has_texts else None
+        clipped = opened.add(given.vectors, given.ids, texts=texts, encoder=given.encoder, prompt=given.prompt)
+    say(f"{len(opened):,} vectors now; {clipped} new values were clipped")
+
+
+@index_app.command("info")
+def index_info(index: IndexPath, json_: Annotated[bool, typer.Option("--json", help="for machines")] = False) -> None:
+    """Print what an index holds.
+
+    Example: `leafkern index info my-index`
+    """
+    import json
+
+    from leafkern.index import Index
+
+    facts = Index.open(index).info()
+    if json_:
+        print(json.dumps(facts))
+    else:
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            print(f"{name:<{width}}  {'' if value is None else value}")
+
+
+@index_app.command("verify")
+def index_verify(index: IndexPath) -> None:
+    """Read an index in full and compare it with its checksums; exit 1 names the damaged file.
+
+    Example: `leafkern index verify my-index`
+    """
+    from leafkern.index import Index
+
+    opened = Index.open(index)
+    opened.verify()
+    print(f"{index}: {len(opened):,} vectors, as written")
+
+
+@app.command()
+def search(
+    index: IndexPath,
+    model: Model,
+    query: Annotated[list[str], typer.Argument(metavar="QUERY...", help="the questions; '-' reads one per line")],
+    k: Annotated[int, typer.Option("--k", "-k", help="results per query")] = 10,
+    oversample: Annotated[int, typer.Option(help="candidates that are rescored, as a multiple of k")] = 4,
+    prompt: Prompt = None,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="queries by another encoder than the index's, distilled from it")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="one JSON object per query")] = False,
+    device: Device = None,
+) -> None:
+    """Print rank, score, id and (where the index keeps them) text of the best documents.
+
+    The prompt is the model's "query" prompt where it has one.
+
+    Example: `leafkern search my-index my-model "how do I read a file line by line" -k 3`
+    """
+    import json
+
+    from leafkern.evaluate import prompt_for
+    from leafkern.index import Index
+    from leafkern.textio import read_texts
+
+    opened = Index.open(index)
+    queries = [text for given in query for text in (read_texts("-").texts if given == "-" else [given])]
+    encoder = open_model(model, device)
+    if encoder.dim < opened.width:
+        opened.require(width=encoder.dim)
+    if not asymmetric and opened.encoder not in (None, encoder.fingerprint):
+        raise InputError(
+            f"MODEL: {model} (fingerprint {encoder.fingerprint}) is not the encoder that made the index "
+            f"({opened.encoder}); use that one, or --asymmetric if it was distilled from that one"
+        )
+    vectors = encoder.encode(queries, prompt=prompt or prompt_for(encoder, "query"), dim=opened.width)
+    scores, rows = opened.search_rows(vectors, k, oversample=oversample)
+    ids = opened.ids_at(rows).tolist()
+    texts = opened.texts_at(rows).tolist() if opened.has_texts else None
+    for number, text in enumerate(queries):
+        results = [
+            {"rank": rank + 1, "score": float(scores[number, rank]), "id": ids[number][rank]}
+            | ({} if texts is None else {"text": texts[number][rank]})
+            for rank in range(rows.shape[1])
+        ]
+        if json_:
+            print(json.dumps({"query": text, "results": results}, ensure_ascii=False))
+        else:
+            _print_results(text if len(queries) > 1 else None, results)
+
+
+def _print_results(query: str | None, results: list[dict]) -> None:
+    import shutil
+
+    if query is not None:
+        print(f"\n{query}")
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
+    for result in results:
+        line = f"{result['rank']:>3}  {result['score']:.4f}  {result['id']}"
+        if "text" in result:
+            line += "  " + " ".join(result["text"].split())
+        print(line if len(line) <= columns else line[: columns - 1] + "…")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(metavar="BEIR_DIR|STS.tsv", help="the task")],
+    teacher: Annotated[str | None, typer.Option(help="the teacher, to compare with")] = None,
+    dims: Annotated[str | None, typer.Option(metavar="384,192", help="widths; default: full, half, quarter")] = None,
+    precisions: Annotated[str | None, typer.Option(metavar="float32,binary+int8", help="A+B: A rescored by B")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write one self-contained page")] = None,
+    device: Device = None,
+) -> None:
+    """Measure quality, size and speed of a model, its teacher and both together, by width and precision.
+
+    BEIR_DIR holds corpus.jsonl, queries.jsonl, and qrels.tsv or qrels/test.tsv; an STS file has a header, then score,
+    sentence1, sentence2; each also .gz.
+
+    Example: `leafkern eval my-model --teacher my-teacher --data scifact --html report.html`
+    """
+    from leafkern.evaluate import DEFAULT_PRECISIONS, load, split_precision
+    from leafkern.evaluate import evaluate as measure
+    from leafkern.files import atomic_file, write_json
+    from leafkern.report.evaluation import page
+
+    names = precisions.split(",") if precisions else DEFAULT_PRECISIONS
+    for name in names:
+        split_precision(name)
+    widths = _widths(dims)
+    for file in (json_, html):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise InputError(f"{file}: the folder {file.parent} does not exist")
+    task = load(data)
+    student = open_model(model, device)
+    known = open_model(teacher, device) if teacher else None
+    with progress_bar() as report:
+        result = measure(student, known, data=task, dims=widths, precisions=names, progress=report)
+    _print_evaluation(result)
+    if json_ is not None:
+        write_json(json_, result)
+    if html is not None:
+        with atomic_file(html) as temporary:
+            temporary.write_text(page(result), encoding="utf-8")
+
+
+def _widths(dims: str | None) -> list[int] | None:
+    try:
+        return None if dims is None else [int(part) for part in dims.split(",")]
+    except ValueError:
+        raise InputError(f"--dims: {dims!r}; expected whole numbers with commas between, such as 384,192") from None
+
+
+def _print_evaluation(result: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from leafkern.report import format_value
+    from leafkern.report.evaluation import cells
+
+    columns, rows, formats, _ = cells(result)
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("system", "precision") else "right")
+    for row in rows:
+        table.add_row(*(format_value(value, formats.get(name, "")) for name, value in zip(columns, row)))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for note in result["notes"]:
+        say(note)
+
+
+@app.command()
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="which operations; default: all")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="other libraries in the same run")] = False,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="write one self-contained page")] = None,
+    size: Annotated[str, typer.Option(help="tiny, small or full (the published figures)")] = "full",
+) -> int:
+    """Measure the operations on this machine against its limits; results are checked before they are timed.
+
+    Example: `leafkern bench search --peers --report search.html`
+    """
+    from leafkern.bench import main as run
+
+    return run(ops or [], peers=peers, report=report, size=size)
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, what serves each operation here and why, and what would be faster.
+
+    Example: `leafkern doctor`
+    """
+    from leafkern import doctor as facts
+
+    operations = facts.operations()
+    for title, rows in (("Versions", facts.versions()), ("Machine", facts.machine())):
+        print(title)
+        for name, value in rows:
+            print(f"  {name:<22} {value}")
+    print("Operations (CPU tensors)")
+    for operation, backend, why, faster in operations:
+        print(f"  {operation:<22} {backend:<10} {why}")
+        if faster:
+            print(f"  {'':<22} {'faster:':<10} {faster}")
+
+
+def open_model(model: str, device: str | None) -> "Encoder":
+    from leafkern.encode import Encoder
+
+    return Encoder.from_pretrained(model, device=device)
+
+
+@contextmanager
+def _documents(
+    input: str,
+    model: str | None,
+    field: str,
+    ids_field: str | None,
+    prompt: str | None,
+    device: str | None,
+    check: Callable[..., None] = lambda **expected: None,
+) -> Iterator["Documents"]:
+    """What is to be indexed, with a progress bar while it is encoded; see `leafkern.bulk.documents`."""
+    from leafkern.bulk import documents
+
+    encoder = open_model(model, device) if model else None
+    with progress_bar() as report:
+        yield documents(encoder, input, field, ids_field, prompt, check=check, progress=report)
