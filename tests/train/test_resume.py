@@ -63,7 +63,7 @@ def test_killed_runs_end_like_the_one_left_alone(tmp_path, tiny_bert):
     job.write_text(json.dumps({"recipe": recipe, "folder": str(tmp_path), "runs": runs}))
     driver = Path(__file__).with_name("kill_driver.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, driver, job], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, driver, job], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, f"{runs}\n{done.stderr}"
     ended = json.loads(done.stdout.splitlines()[-1])
     for name in ("early", "once", "twice", "teacher"):
