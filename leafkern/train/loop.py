@@ -262,5 +262,5 @@ class Loop:
             return
         prepared = self.prepared
         found = prepared.validation.measure(prepared.student, prepared.prompts, self.bars.texts("evaluate"))
-        history.add({"event": "evaluate", "step": self.step, **found})
+        history.add({"event": "evaluate", "step": self.step, **found, "seconds": self.seconds})
         self.bars("evaluate", 1, 1, **found)
