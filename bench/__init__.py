@@ -52,7 +52,7 @@ def main(
         written = Path(scratch) / "written.txt"
         files = [str(folder / f"bench_{op}.py") for op in (ops or operations())]
         options = ["--size", size, "--written", str(written), "-p", "no:cacheprovider", "-o", "addopts="]
-        options += ["-o", "python_files=bench_*.py", "-q", "--benchmark-columns=median,iqr,rounds"]
+        options += ["-o", "python_files=bench_*.py", "-q", "--benchmark-quiet"]
         options += ["--peers"] if peers else []
         options += ["--model", str(model)] if model else []
         options += ["--results", str(Path(results).resolve())] if results else []

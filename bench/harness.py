@@ -6,6 +6,7 @@ all of them alike. On glibc every case runs twice, with the allocator as it is a
 contestant is quoted with the better median.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,8 @@ def measure(
             rows[name] |= timing
     finished = list(rows.values())
     for row in finished:
+        # JSON has no NaN.
+        row["values"] = {name: value if math.isfinite(value) else None for name, value in row["values"].items()}
         row |= derived(row, case.work)
     compare(finished)
     return finished

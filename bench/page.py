@@ -19,7 +19,8 @@ def write_page(path: str | os.PathLike, documents: Sequence[dict]) -> None:
     lead = (
         "Every implementation was checked against an exact answer before it was timed; those that failed were not "
         "timed. Rounds are interleaved, ratios are of medians of this run, and the limit is the larger of operations "
-        "over the measured rate and bytes over the measured bandwidth."
+        "over the measured rate and bytes over the measured bandwidth. CPU rates are those of AVX2, which leafkern's "
+        "kernels use: a peer with wider instructions may pass 100 %, and so may data small enough to stay in a cache."
     )
     with atomic_file(Path(path)) as temporary:
         temporary.write_text(render("leafkern benchmarks", sections, lead=lead), encoding="utf-8")
