@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -302,6 +302,8 @@ class Encoder:
             raise InputError("output: numpy has no fp8; use output='torch' or 'quantized'")
         width = self.dim if dim is None else self._width(dim)
         single = isinstance(texts, str)
+        if not (single or isinstance(texts, Iterable)):
+            raise InputError(f"texts: expected a str or a sequence of str, got {type(texts).__name__}")
         token_ids = self.tokenize([texts] if single else list(texts), self.prompt_text(prompt, prompt_text))
         batch_tokens = _BATCH_TOKENS.get(self.device.type, 65536) if batch_tokens is None else batch_tokens
         vectors = self._run(token_ids, width, normalize, batch_tokens, progress)
