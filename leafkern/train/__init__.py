@@ -55,9 +55,11 @@ def run(
     except ImportError as error:
         raise InputError(f"leafkern.train needs {error.name}: pip install 'leafkern[train]'") from None
     from leafkern.train.recipe import load_recipe
-    from leafkern.train.stage import plan, train
 
     checked = load_recipe(recipe, tuple(overrides))
+    # torch is loaded only for a recipe that is right.
+    from leafkern.train.stage import plan, train
+
     name = "leaf" if not isinstance(recipe, str | os.PathLike) else Path(recipe).stem
     folder = Path(output or checked.output or Path("runs") / name)
     if dry_run:

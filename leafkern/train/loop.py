@@ -244,9 +244,9 @@ class Loop:
             if done:
                 return
             if stop.is_set():
-                raise KeyboardInterrupt(
-                    f"stopped after step {self.step} of {self.total}; go on with --resume (output: {self.output})"
-                )
+                stopped = f"stopped after step {self.step} of {self.total}; go on with --resume (output: {self.output})"
+                self.bars.say(stopped)
+                raise KeyboardInterrupt(stopped)
             started = time.perf_counter()
             facts = self.one_step()
             self.seconds += time.perf_counter() - started
