@@ -1,5 +1,6 @@
 """The command line: thin, and quick to start, for every command imports what it needs when it runs."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,9 @@ def main() -> None:
     literal = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:literal]
     arguments = [a for i, a in enumerate(arguments) if a != "--debug" or i > literal]
+
+    # A polite kill unwinds as Ctrl-C does, so that no half-written file stays behind; training sets its own handler.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     def run() -> int | None:
         try:

@@ -4,6 +4,7 @@ Texts: .txt (a text per line), .jsonl, both also .gz; .parquet; "-" is standard 
 .safetensors, .parquet (columns text, vector). Errors name the file and the line or row.
 """
 
+import glob
 import gzip
 import json
 import os
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from leafkern.errors import InputError, unknown_name
-from leafkern.files import atomic_file
+from leafkern.files import TEMPORARY, atomic_file
 
 TEXT_FORMATS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 VECTOR_FORMATS = (".npy", ".safetensors", ".parquet")
@@ -293,6 +294,8 @@ def vector_writer(path: str | os.PathLike, metadata: dict[str, str] | None = Non
         raise InputError(f"{path}: unknown vector format {kind!r}; expected one of {', '.join(VECTOR_FORMATS)}")
     if not Path(path).absolute().parent.is_dir():
         raise InputError(f"{path}: the folder {Path(path).parent} does not exist")
+    for leftover in Path(path).absolute().parent.glob(f"{TEMPORARY}{glob.escape(Path(path).name)}-*"):
+        leftover.unlink(missing_ok=True)  # of a writer that was killed
     with atomic_file(path) as temporary:
         writer = (_ParquetWriter if kind == ".parquet" else _RawWriter)(temporary, kind, metadata or {})
         try:
@@ -353,8 +356,12 @@ class _RawWriter(_Writer):
         block = self._check(block)
         if first:  # before the rows, whose number of bytes may leave floats behind them misaligned
             for array in self.extra.values():
-                np.ascontiguousarray(array).tofile(self.stream)
-        block.tofile(self.stream)
+                self._put(np.ascontiguousarray(array))
+        self._put(block)
+
+    def _put(self, array: np.ndarray) -> None:
+        if array.size:  # not tofile, whose error on a full disk doesn't say so
+            self.stream.write(memoryview(array).cast("B"))
 
     def finish(self) -> None:
         if self.width is None:

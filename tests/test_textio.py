@@ -186,6 +186,15 @@ def test_a_crash_leaves_the_previous_file(tmp_path, monkeypatch):
         assert [entry.name for entry in tmp_path.iterdir()] == ["a.npy"]
 
 
+def test_leftovers_of_a_killed_writer_go(tmp_path):
+    left, other = tmp_path / f"{files.TEMPORARY}a.npy-01234567", tmp_path / f"{files.TEMPORARY}b.npy-01234567"
+    left.write_bytes(b"half")
+    other.write_bytes(b"half")
+    textio.write_vectors(tmp_path / "a.npy", np.zeros((2, 2), np.float32))
+    assert not left.exists()
+    assert other.exists()
+
+
 def test_writer_refuses(tmp_path):
     with pytest.raises(InputError, match="unknown vector format"):
         textio.write_vectors(tmp_path / "a.bin", np.zeros((1, 1), np.float32))
