@@ -1,4 +1,4 @@
-"""`python -m leafkern.bench`: the same as `leafkern bench`, with the size and folder of results to choose."""
+"""`python -m leafkern.bench`: `leafkern bench` with the model and the folder of results to choose too."""
 
 import argparse
 import sys

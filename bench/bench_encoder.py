@@ -172,7 +172,8 @@ def _case(part: str, mix: str, device: str, dtype: str, model: str, count: int, 
                 )
             )
     tokens = int(sum(len(ids) for ids in token_sets[0]))
-    shape = {"texts": count, "tokens": tokens, "mix": mix, "dtype": dtype, "model": Path(model).name}
+    name = "all-MiniLM-L6-v2" if model == default_model() else Path(model).name
+    shape = {"texts": count, "tokens": tokens, "mix": mix, "dtype": dtype, "model": name}
     work = _work(model, mix, token_sets[0], device, dtype)
     return Case("encoder", f"{part}/{mix}/{dtype}", shape, work, contestants, SETS, device)
 

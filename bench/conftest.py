@@ -1,7 +1,6 @@
 """Options, shared ceilings and the results file of `pytest bench/bench_*.py` and `leafkern bench`."""
 
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,11 +42,14 @@ class Session:
             self._ceilings[device] = measure(device, torch.get_num_threads(), quick=self.size == "tiny")
         return self._ceilings[device]
 
-    def command(self, op: str, test: str) -> str:
-        """What reproduces the rows of one test, from the checkout."""
+    def options(self) -> list[str]:
         peers = ["--peers"] if self.peers else []
         model = ["--model", self.model] if self.model else []
-        return shlex.join(["pytest", f"bench/bench_{op}.py::{test}", "--size", self.size, *peers, *model])
+        return ["--size", self.size, *peers, *model]
+
+    def command(self, op: str, test: str) -> str:
+        """What reproduces the rows of one test, from the checkout."""
+        return shlex.join(["pytest", f"bench/bench_{op}.py::{test}", *self.options()])
 
     def run(self, case: harness.Case, benchmark, test: str) -> list[dict]:
         if not self.peers:
@@ -70,7 +72,7 @@ class Session:
             device = rows[0]["device"]
             path = Path(folder) / name / f"{op}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            command = shlex.join(["pytest", *sys.argv[1:]]) if "pytest" in sys.argv[0] else shlex.join(sys.argv)
+            command = shlex.join(["python", "-m", "leafkern.bench", op, *self.options()])
             write_json(path, harness.document(op, rows, self.ceilings(device), size=self.size, command=command))
             written.append(path)
         listing = self.config.getoption("--written")
