@@ -7,7 +7,7 @@ segment, syncs it, then replaces the manifest: a kill at any point leaves the pr
 import os
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -277,8 +277,9 @@ class Index:
             new_ids = self._new_ids(rows.count, ids)
             if rows.count == 0:
                 return 0
-            frozen = [t for name, t in (self._tensors[0] if self._tensors else {}).items() if name.endswith("_ranges")]
-            clipped = rows.clipped(frozen[0]) if frozen else 0
+            tensors = self._tensors[0] if self._tensors else {}
+            frozen = next((tensors[name] for name in ("codes_ranges", "rescore_ranges") if name in tensors), None)
+            clipped = 0 if frozen is None else rows.clipped(frozen)
             self._replace(None, rows, new_ids, texts)
         if clipped:
             warnings.warn(
@@ -359,8 +360,9 @@ class Index:
         scale, offset = tensors.get(f"{level}_scale"), tensors.get(f"{level}_offset")
         return Quantized(tensors[level], scale, offset, self._levels()[level], self.width)
 
-    def _gather(self, rows: np.ndarray, read) -> np.ndarray:
-        out, start = np.empty(rows.shape, dtype=object), 0
+    def _gather(self, rows: np.ndarray, read: Callable[..., np.ndarray], dtype: type = object) -> np.ndarray:
+        """read(tensors of a segment, row numbers in it, its file) for each row number of the index."""
+        out, start = np.empty(rows.shape, dtype), 0
         for entry, tensors, path in zip(self._manifest["segments"], self._tensors, self._files):
             inside = (rows >= start) & (rows < start + entry["rows"])
             out[inside] = read(tensors, rows[inside] - start, path)
@@ -370,7 +372,7 @@ class Index:
     def _strings_or_ids(self, rows: np.ndarray) -> np.ndarray:
         if self._manifest["ids"] == "string":
             return self._gather(rows, lambda tensors, rows, path: segments.strings_at(tensors, "id", rows, path))
-        return self._gather(rows, lambda tensors, rows, path: tensors["ids"].numpy()[rows]).astype(np.int64)
+        return self._gather(rows, lambda tensors, rows, path: tensors["ids"].numpy()[rows], np.int64)
 
     def _all_ids(self) -> pa.Array | None:
         """All ids in order of rows; None where there are none."""
@@ -391,6 +393,9 @@ class Index:
             raise InputError("texts: the index was built without texts; build it anew to keep them")
         if texts is not None and len(texts) != rows.count:
             raise InputError(f"texts: {len(texts)} for {rows.count} vectors; expected one each")
+        for row, text in enumerate(texts or ()):
+            if not isinstance(text, str):
+                raise InputError(f"texts: row {row} is {type(text).__name__}, not str")
         rows.check_finite()
 
     def _new_ids(self, count: int, ids: object) -> pa.Array:

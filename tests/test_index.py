@@ -153,7 +153,6 @@ def test_refusals(tmp_path):
     refused("expected a sequence of int or str", Index.build, tmp_path / "j", x[:2], ids="ab")
     refused("floating-point matrix", Index.build, tmp_path / "j", x[0])
     refused("no index here", Index.open, tmp_path / "j")
-    assert not (tmp_path / "j").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     refused("holds 'thesis.txt'", Index.build, tmp_path / "mine", x)
@@ -172,9 +171,28 @@ def test_refusals(tmp_path):
     refused("the index has int64 ids, got 'a'", index.add, x[:1], ["a"])
     refused("ids: 999 is not in the index", index.remove, [3, 999])
     refused("'a' is not in the index", index.remove, ["a"])
+    refused("texts: row 1 is int, not str", Index.build, tmp_path / "j", x[:2], texts=["a", 3])
     refused("built without texts", index.add, x[:1], texts=["a"])
     refused("k: expected an int >= 1, got 0", index.search, x, 0)
+    assert not (tmp_path / "j").exists()
     assert len(Index.open(tmp_path / "i")) == 120
+
+
+def test_several_segments_search_as_one(tmp_path):
+    """The format has a list of segments; today's writer makes one, a reader must take any number."""
+    x = unit(120)
+    x[70] = x[3]
+    parts = [Index.build(tmp_path / name, part, precision="float32") for name, part in (("a", x[:50]), ("b", x[50:]))]
+    both = Index.open(tmp_path / "a")
+    both._manifest["segments"] += parts[1]._manifest["segments"]
+    both._manifest["count"] = 120
+    both._tensors += parts[1]._tensors
+    both._files += parts[1]._files
+    whole = Index.build(tmp_path / "whole", x, precision="float32")
+    for ours, expected in zip(both.search_rows(x[:9], 7), whole.search_rows(x[:9], 7)):
+        np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    assert both.search_rows(x[3:4], 2)[1].tolist() == [[3, 70]]
+    assert both.ids_at(np.array([49, 50, 51])).tolist() == [49, 0, 1]
 
 
 def test_a_stale_handle_does_not_undo_another_writer(tmp_path):
