@@ -4,7 +4,7 @@ import torch
 
 
 def normalize_rows(x: torch.Tensor) -> torch.Tensor:
-    """n(x) = x / max(‖x‖, 1e-12) along the last dimension; n(0) = 0 with gradient 0; differentiable; keeps the dtype."""
+    """n(x) = x / max(‖x‖, 1e-12) along the last dimension; n(0) = 0 with gradient 0; differentiable."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     # Dividing by infinity gives a zero row, and a zero gradient, where plain clamping would give a gradient of 1e12.
     return x / torch.where(norm == 0, torch.inf, norm.clamp(min=1e-12))
