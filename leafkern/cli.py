@@ -221,7 +221,7 @@ def search(
     oversample: Annotated[int, typer.Option(help="candidates that are rescored, as a multiple of k")] = 4,
     prompt: Prompt = None,
     asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="queries by another encoder than the index's, distilled from it")
+        bool, typer.Option("--asymmetric", help="search also where MODEL does not say that it fits this index")
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="one JSON object per query")] = False,
     device: Device = None,
@@ -243,10 +243,10 @@ def search(
     encoder = open_model(model, device)
     if encoder.dim < opened.width:
         opened.require(width=encoder.dim)
-    if not asymmetric and opened.encoder not in (None, encoder.fingerprint):
+    if not asymmetric and opened.encoder not in (None, encoder.fingerprint, encoder.aligned_with):
         raise InputError(
-            f"MODEL: {model} (fingerprint {encoder.fingerprint}) is not the encoder that made the index "
-            f"({opened.encoder}); use that one, or --asymmetric if it was distilled from that one"
+            f"MODEL: {model} (fingerprint {encoder.fingerprint}) is neither the encoder that made the index "
+            f"({opened.encoder}) nor a student of it; use one of these, or --asymmetric if you know that it fits"
         )
     vectors = encoder.encode(queries, prompt=prompt or prompt_for(encoder, "query"), dim=opened.width)
     scores, rows = opened.search_rows(vectors, k, oversample=oversample)

@@ -45,6 +45,7 @@ class Encoder:
         compute: str | None = None,
         dim: int | None = None,
         name: str = "",
+        aligned_with: str | None = None,
     ):
         least, most = tokenizer.num_special_tokens_to_add(False) + 1, module.backbone.max_length
         if max_length < least or (most is not None and max_length > most):
@@ -60,6 +61,8 @@ class Encoder:
         self.default_prompt = default_prompt
         self.compute = _checked_compute(compute)
         self.name = name
+        # Whose vectors this student learned to give (the teacher's fingerprint): it may query their indexes.
+        self.aligned_with = aligned_with
         self._dim = None
         if dim is not None:
             self._dim = self._width(dim)
@@ -122,6 +125,7 @@ class Encoder:
             compute=compute,
             dim=dim,
             name=str(name_or_path),
+            aligned_with=layout.aligned_with,
         )
 
     @classmethod
@@ -359,6 +363,7 @@ class Encoder:
                 lowercase=self.lowercase,
                 prompts=self.prompts,
                 default_prompt=self.default_prompt,
+                aligned_with=self.aligned_with,
             )
 
 

@@ -29,6 +29,7 @@ from leafkern.manifest import (
     code_dtype,
     fingerprint,
     is_part,
+    query_fingerprint,
     read_manifest,
 )
 from leafkern.ops import Quantized, quantize, search
@@ -71,10 +72,13 @@ class Index:
         """The index at `path`, memory-mapped: opening reads only the manifest and the heads of the segments.
 
         width, precision, encoder (an `Encoder` or its fingerprint), prompt: what the caller expects; another is refused
-        with an InputError. Errors: InputError where no index is, DamagedFileError for a damaged or foreign file.
+        with an InputError. A student trained to give the index's encoder's vectors (`Encoder.aligned_with`) may open and
+        search it, but not add to it. Errors: InputError where no index is, DamagedFileError for a damaged or foreign
+        file.
         """
         index = cls(path)
-        index.require(width=width, precision=precision, encoder=encoder, prompt=prompt)
+        known = query_fingerprint(encoder, index.encoder)
+        index.require(width=width, precision=precision, encoder=known, prompt=prompt)
         return index
 
     @classmethod
@@ -221,7 +225,7 @@ class Index:
 
     def search_rows(self, queries: object, k: int, *, oversample=4, query_bits=None, encoder=None, prompt=None):
         """As `search`, with row numbers (insertion numbers, int64) in place of ids."""
-        self.require(encoder=encoder, prompt=prompt)
+        self.require(encoder=query_fingerprint(encoder, self.encoder), prompt=prompt)
         queries = matrix("queries", queries)
         self.require(width=queries.shape[1])
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:

@@ -44,6 +44,11 @@ def fingerprint(encoder: object) -> str | None:
     return encoder if encoder is None or isinstance(encoder, str) else encoder.fingerprint
 
 
+def query_fingerprint(encoder: object, has: str | None) -> str | None:
+    """`fingerprint`, or `has` where the encoder is a student that was trained to give that encoder's vectors."""
+    return has if has is not None and getattr(encoder, "aligned_with", None) == has else fingerprint(encoder)
+
+
 def is_part(name: str) -> bool:
     """Whether a file of this name may be part of an index, whole or half-written."""
     return (

@@ -25,6 +25,8 @@ from leafkern.nn import Dense, PackedConfig, PackedEncoder, SentenceModel, Trans
 # Every weight file that isn't safetensors is left where it is: opening it would run a pickle.
 _DOWNLOAD = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _DON_T_DOWNLOAD = ["onnx/*", "openvino/*", "data_config.json"]
+# What sentence-transformers has no place for; it ignores the file.
+_OWN_FILE = "leafkern.json"
 _POOLING_MODES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 _LEGACY_POOLING = {
     "pooling_mode_cls_token": "cls",
@@ -48,6 +50,7 @@ class Layout:
     lowercase: bool = False
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
     default_prompt: str | None = None
+    aligned_with: str | None = None
 
 
 def locate(name_or_path: str | Path) -> Path:
@@ -115,6 +118,8 @@ def read_layout(folder: Path) -> Layout:
         config = read_json(folder / "config_sentence_transformers.json", "config_sentence_transformers.json")
         layout.prompts = {name: text or "" for name, text in (config.get("prompts") or {}).items()}
         layout.default_prompt = config.get("default_prompt_name")
+    if (folder / _OWN_FILE).exists():
+        layout.aligned_with = read_json(folder / _OWN_FILE, _OWN_FILE).get("aligned_with")
     return layout
 
 
@@ -264,6 +269,7 @@ def write_layout(
     lowercase: bool,
     prompts: Mapping[str, str],
     default_prompt: str | None,
+    aligned_with: str | None,
 ) -> None:
     """Writes everything into an existing folder; the caller makes that atomic."""
 
@@ -306,6 +312,8 @@ def write_layout(
     versions = {"leafkern": __version__, "pytorch": torch.__version__}
     prompts = {"prompts": dict(prompts), "default_prompt_name": default_prompt}
     put("config_sentence_transformers.json", {"__version__": versions, **prompts, "similarity_fn_name": "cosine"})
+    if aligned_with is not None:
+        put(_OWN_FILE, {"aligned_with": aligned_with})
 
 
 def _write_weights(folder: Path, module: nn.Module) -> None:

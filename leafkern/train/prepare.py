@@ -166,6 +166,8 @@ def prepare(
         fit_head(recipe, student, targets)
     else:
         student = Encoder.from_pretrained(checkpoint / "model", device=recipe.device, dtype="float32")
+    of_documents = identities.get("documents") or next(iter(identities.values()))
+    student.aligned_with = of_documents["revision"]
     prompts = model_prompts(student, recipe.student.prompts)
     tokens = tokenise(student, corpus.texts, corpus.kinds, prompts, lambda done, total: bars("tokenise", done, total))
     if checkpoint is None and recipe.student.head_init == "lstsq":

@@ -11,6 +11,7 @@ import yaml
 
 from leafkern import Encoder
 from leafkern.errors import DamagedFileError, InputError, NonFiniteLossError
+from leafkern.index import Index
 from leafkern.textio import write_vectors
 from leafkern.train import loop as loop_module
 from leafkern.train import run
@@ -71,6 +72,22 @@ def test_learns_and_leaves_everything_in_its_folder(recipe, tmp_path):
     assert student.module.normalize
     assert not any(student.prompts.values())
     assert student.encode(["the leaf"]).shape == (1, 32)
+
+
+def test_a_student_searches_its_teachers_index_but_adds_nothing_to_it(recipe, tmp_path):
+    result = run(recipe, output=tmp_path / "out", overrides=["schedule.steps=1"])
+    teacher = Encoder.from_pretrained(recipe["teacher"]["model"], device="cpu")
+    student = Encoder.from_pretrained(result.model, device="cpu")
+    assert student.aligned_with == teacher.fingerprint != student.fingerprint
+    texts = ["the leaf", "a vector", "search a file"]
+    Index.build(tmp_path / "index", teacher.encode(texts), encoder=teacher)
+    index = Index.open(tmp_path / "index", encoder=student)
+    assert index.search(student.encode(texts), 2, encoder=student)[1].shape == (3, 2)
+    with pytest.raises(InputError, match="encoder"):
+        index.add(student.encode(texts), encoder=student)
+    stranger = Encoder.from_layers(teacher, [0, 1])
+    with pytest.raises(InputError, match="encoder"):
+        Index.open(tmp_path / "index", encoder=stranger)
 
 
 def test_learning_rate_restarts_with_every_cycle():
