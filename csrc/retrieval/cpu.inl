@@ -213,9 +213,6 @@ int64_t scan_rows(const uint8_t* rows, int64_t stride, int64_t row, int64_t coun
     refresh();
     for (; row + R <= count; row += R) {
         const uint8_t* here = rows + row * stride;
-        if (Q == 1)
-            for (int64_t at = 0; at < R * stride; at += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(here + R * stride + 2048 + at), _MM_HINT_T0);
         __m128i sums[kSums];
         multiply<Code, Q, R, G>(here, stride, tile, vectors, flips, sums);
         int better = 0;
@@ -278,7 +275,8 @@ void scan_group(const uint8_t* rows, int64_t stride, int64_t count, const int8_t
     else if (queries == 2)
         scan_tile<Code, 2, 2, G>(rows, stride, count, tile, vectors, flip, first_id, keeper, query);
     else
-        scan_tile<Code, 1, 4, G>(rows, stride, count, tile, vectors, flip, first_id, keeper, query);
+        // Two rows: reading more of them at once, or prefetching, is slower than the hardware's own streams.
+        scan_tile<Code, 1, 2, G>(rows, stride, count, tile, vectors, flip, first_id, keeper, query);
 }
 
 template <class Code>
