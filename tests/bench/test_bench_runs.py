@@ -28,19 +28,28 @@ def test_the_benchmarks_are_found():
     assert {"encoder", "search"} <= set(bench.operations())
 
 
-def test_search_writes_its_rows_and_report(tmp_path):
+def test_both_write_their_rows_and_the_report(tmp_path, tiny_bert):
     report = tmp_path / "report.html"
     done = run(
         "import sys; from leafkern.bench import main",
-        f"sys.exit(main(['search'], report={str(report)!r}, size='tiny', results={str(tmp_path)!r}))",
+        f"options = dict(report={str(report)!r}, size='tiny', model={str(tiny_bert)!r}, results={str(tmp_path)!r})",
+        "sys.exit(main(['search', 'encoder'], **options))",
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "cpu" / "search.json").read_text())
-    assert found["op"] == "search"
-    assert {row["case"] for row in found["rows"]} >= {"float32/Q1", "int8/Q1", "binary/Q5", "asymmetric/Q5"}
-    assert all(row["status"] == "ok" and row["p50_s"] > 0 for row in found["rows"])
-    assert all("bench/bench_search.py::test_search[" in row["command"] for row in found["rows"])
-    assert "int8/Q1" in report.read_text()
+    search, encoder = (json.loads((tmp_path / "cpu" / f"{op}.json").read_text()) for op in ("search", "encoder"))
+    assert (search["op"], encoder["op"]) == ("search", "encoder")
+    assert {row["case"] for row in search["rows"]} >= {"float32/Q1", "int8/Q1", "binary/Q5", "asymmetric/Q5"}
+    assert {row["case"] for row in encoder["rows"]} == {
+        f"{part}/{mix}/float32" for part in ("text", "forward") for mix in ("real", "document")
+    }
+    for row in search["rows"] + encoder["rows"]:
+        assert row["status"] == "ok"
+        assert row["p50_s"] > 0
+        assert f"bench/bench_{row['op']}.py::test_{row['op']}[" in row["command"]
+    assert all(row["values"]["cosine min"] > 0.9999 for row in encoder["rows"])
+    page = report.read_text()
+    assert "int8/Q1" in page
+    assert "forward/document/float32" in page
 
 
 @pytest.mark.slow
@@ -54,16 +63,3 @@ def test_peers_agree_with_the_exact_answer(tmp_path):
     rows = json.loads((tmp_path / "cpu" / "search.json").read_text())["rows"]
     assert len({row["provider"] for row in rows}) >= 3
     assert not [row for row in rows if row["status"] != "ok"]
-
-
-def test_encoder_runs_on_a_given_model(tmp_path, tiny_bert):
-    done = run(
-        "import sys; from leafkern.bench import main",
-        f"sys.exit(main(['encoder'], size='tiny', model={str(tiny_bert)!r}, results={str(tmp_path)!r}))",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "cpu" / "encoder.json").read_text())["rows"]
-    assert {row["case"] for row in rows} == {
-        f"{part}/{mix}/float32" for part in ("text", "forward") for mix in ("real", "document")
-    }
-    assert all(row["values"]["cosine min"] > 0.9999 for row in rows)
