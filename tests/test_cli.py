@@ -204,7 +204,7 @@ def test_search_refuses(run, tmp_path, corpus, tiny_bert):
     assert run("index", "build", index, corpus, "--model", tiny_bert)[0] == 0
     student = Encoder.from_layers(Encoder.from_pretrained(tiny_bert), [0, 3])
     student.save_pretrained(tmp_path / "student")
-    fails(run("search", index, tmp_path / "student", "x"), 2, "not the encoder that made the index", "--asymmetric")
+    fails(run("search", index, tmp_path / "student", "x"), 2, "neither the encoder that made the index", "--asymmetric")
     assert run("search", index, tmp_path / "student", "x", "--asymmetric")[0] == 0
     fails(run("index", "add", index, corpus, "--model", tmp_path / "student"), 2, "encoder: the index")
     narrow = Encoder.from_layers(Encoder.from_pretrained(tiny_bert), [0], dense_out=16)
