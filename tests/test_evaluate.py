@@ -18,6 +18,11 @@ from leafkern.evaluate import Retrieval, Similarity, evaluate_vectors, load, ndc
 pytestmark = pytest.mark.filterwarnings("ignore::leafkern.ops._core.backend.FallbackWarning")
 
 
+@pytest.fixture(autouse=True)
+def _short_timings(monkeypatch):
+    monkeypatch.setattr(evaluate, "_TIMED_SECONDS", 0.01)
+
+
 def test_ndcg_by_hand():
     qrels = {"q": {"a": 3, "b": 2, "c": 0, "d": 1}}
     dcg = 2 / math.log2(2) + 0 + 3 / math.log2(4)
