@@ -15,6 +15,9 @@ from pathlib import Path
 from leafkern.errors import DamagedFileError
 
 TEMPORARY = ".leafkern-tmp-"
+# Reading the umask means setting it: once, at import, before there are threads.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
 
 
 def on_step(step: str, path: Path) -> None:
@@ -26,7 +29,9 @@ def _step(step: str, path: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
+    """Makes the file durable, and readable by whom the umask lets (safetensors writes for the owner alone)."""
     _step("fsync", path)
+    path.chmod(0o666 & ~_UMASK)
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

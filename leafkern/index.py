@@ -72,8 +72,9 @@ class Index:
         """The index at `path`, memory-mapped: opening reads only the manifest and the heads of the segments.
 
         width, precision, encoder (an `Encoder` or its fingerprint), prompt: what the caller expects; another is refused
-        with an InputError. A student trained to give the vectors of the index's encoder (`Encoder.aligned_with`) may open
-        and search it, but not add to it. Errors: InputError where no index is, DamagedFileError for a damaged file.
+        with an InputError. A student trained to give the vectors of the index's encoder (`Encoder.aligned_with`) may
+        open and search it, but not add to it. Errors: InputError where no index is, DamagedFileError for a damaged
+        file.
         """
         index = cls(path)
         known = query_fingerprint(encoder, index.encoder)

@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items):
         return
     no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(no_gpu)
 
 
