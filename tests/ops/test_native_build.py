@@ -95,7 +95,7 @@ def test_kernels_under_sanitizers(sources, sanitizer, library):
         done = run(site, "-c", POOL, LD_PRELOAD=found, TSAN_OPTIONS="halt_on_error=1 exitcode=66", OMP_NUM_THREADS="1")
     else:
         tests = ROOT / "tests" / "ops" / "test_retrieval.py"
-        command = ["-m", "pytest", "-x", "-q", "--rootdir", site, "-c", "/dev/null", "-k", chosen, tests]
+        command = ["-m", "pytest", "-x", "-q", "-s", "--rootdir", site, "-c", "/dev/null", "-k", chosen, tests]
         done = run(site, *command, LD_PRELOAD=found, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="1")
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
