@@ -9,13 +9,13 @@ import importlib.util
 import inspect
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGES = ("numpy", "torch", "transformers", "sklearn", "scipy")
 # Generated, vendored or test code says little in English.
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "_vendor"}
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "_vendor"}
 MAX_FILE_BYTES = 1_000_000
 BODY_CHARACTERS = (80, 1200)
 TITLE_WORDS = (4, 24)
@@ -44,30 +44,34 @@ def source_roots(packages: tuple[str, ...] = PACKAGES) -> list[Path]:
     return roots
 
 
-def read_pages(roots: list[Path] | None = None) -> list[Page]:
-    """All usable docstrings below `roots`, in a fixed order, no two with the same title or the same body."""
+def read_pages(
+    roots: list[Path] | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Page]:
+    """All usable docstrings below `roots`, in a fixed order, no two with the same name, title or body."""
     pages: list[Page] = []
+    names: set[str] = set()
     titles: set[str] = set()
     bodies: set[str] = set()
-    for root in source_roots() if roots is None else roots:
-        for file in sorted(root.rglob("*.py")):
-            inside = file.relative_to(root)
-            if SKIPPED_FOLDERS.intersection(inside.parts) or file.stat().st_size > MAX_FILE_BYTES:
+    stdlib = source_roots(())[0]
+    files = [
+        (root, file) for root in (source_roots() if roots is None else roots) for file in sorted(root.rglob("*.py"))
+    ]
+    for done, (root, file) in enumerate(files):
+        progress(done, len(files))
+        inside = file.relative_to(root)
+        if SKIPPED.intersection(inside.parts) or file.stat().st_size > MAX_FILE_BYTES:
+            continue
+        module = ".".join(inside.with_suffix("").parts)
+        prefix = module if root == stdlib else f"{root.name}.{module}"
+        for page in _pages_of(file, prefix.removesuffix(".__init__")):
+            title, body = (_LETTERS.sub("", text.lower()) for text in (page.title, page.body))
+            if page.name in names or title in titles or body[:300] in bodies or title in body:
                 continue
-            module = ".".join(inside.with_suffix("").parts)
-            prefix = module if root == roots_stdlib() else f"{root.name}.{module}"
-            for page in _pages_of(file, prefix.removesuffix(".__init__")):
-                title, body = _LETTERS.sub("", page.title.lower()), _LETTERS.sub("", page.body.lower())[:300]
-                if title in titles or body in bodies or title in _LETTERS.sub("", page.body.lower()):
-                    continue
-                titles.add(title)
-                bodies.add(body)
-                pages.append(page)
+            names.add(page.name)
+            titles.add(title)
+            bodies.add(body[:300])
+            pages.append(page)
     return pages
-
-
-def roots_stdlib() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def _pages_of(file: Path, module: str) -> Iterator[Page]:
