@@ -108,25 +108,21 @@ struct Packed {
     const int8_t* tile(int t) const { return values + static_cast<int64_t>(t) * kTile * vectors * 32; }
 };
 
-// Largest g <= kMaxGroup such that, in every run of g vectors from a multiple of g on and every 16-bit lane, neither
-// the positive nor the negative values can leave 16 bits, whatever the base holds.
-int safe_group(const int8_t* query, int step, int vectors, int largest) {
-    for (int group = kMaxGroup; group > 1; --group) {
-        bool safe = true;
-        for (int lane = 0; lane < 16 && safe; ++lane) {
-            int positive = 0, negative = 0;
-            for (int v = 0; v < vectors; ++v) {
-                if (v % group == 0) positive = negative = 0;
-                for (int i = 0; i < 2; ++i) {
-                    const int u = query[v * step + 2 * lane + i];
-                    (u > 0 ? positive : negative) += u;
-                }
-                safe = safe && positive * largest <= 32767 && negative * largest >= -32768;
+// Whether, in every run of `group` vectors from a multiple of it on and every 16-bit lane, neither the positive nor the
+// negative values of a query can leave 16 bits, whatever the base holds.
+bool safe_in_groups(int group, const int8_t* query, int step, int vectors, int largest) {
+    for (int lane = 0; lane < 16; ++lane) {
+        int positive = 0, negative = 0;
+        for (int v = 0; v < vectors; ++v) {
+            if (v % group == 0) positive = negative = 0;
+            for (int i = 0; i < 2; ++i) {
+                const int u = query[v * step + 2 * lane + i];
+                (u > 0 ? positive : negative) += u;
             }
+            if (positive * largest > 32767 || negative * largest < -32768) return false;
         }
-        if (safe) return group;
     }
-    return 1;
+    return true;
 }
 
 template <class Code>
@@ -136,7 +132,6 @@ void pack_values(int dim, const int8_t* u, int queries, unsigned char* packed) {
     for (int t = 0; t < view.tiles; ++t) {
         const int count = least(kTile, queries - t * kTile);
         int8_t* tile = const_cast<int8_t*>(view.tile(t));
-        int group = kMaxGroup;
         for (int q = 0; q < count; ++q) {
             const int8_t* query = u + static_cast<int64_t>(t * kTile + q) * dim;
             for (int v = 0; v < view.vectors; ++v)
@@ -144,7 +139,16 @@ void pack_values(int dim, const int8_t* u, int queries, unsigned char* packed) {
                     const int d = v * 32 + Code::dimension(place);
                     if (d < dim) tile[(v * count + q) * 32 + place] = query[d];
                 }
-            group = least(group, safe_group(tile + q * 32, count * 32, view.vectors, Code::kLargest));
+        }
+        // One size for the whole tile, tried on every query: a query that is safe in fours need not be so in threes.
+        int group = kMaxGroup;
+        for (int q = 0; q < count && group > 1;) {
+            if (safe_in_groups(group, tile + q * 32, count * 32, view.vectors, Code::kLargest)) {
+                ++q;
+            } else {
+                --group;
+                q = 0;
+            }
         }
         const_cast<int32_t*>(view.groups)[t] = group;
     }
@@ -329,7 +333,7 @@ uint64_t load_word(const uint8_t* bytes) {
 }
 
 int popcount(uint64_t x) {
-#if defined(__POPCNT__) || defined(__AVX2__)
+#if defined(__AVX2__)
     return static_cast<int>(_mm_popcnt_u64(x));
 #else
     x -= (x >> 1) & 0x5555555555555555;

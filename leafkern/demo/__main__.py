@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from leafkern.console import guarded
 from leafkern.demo.corpus import read_pages
 from leafkern.demo.data import Split, split_pages, write_known_items, write_training_texts
 from leafkern.demo.progress import Journey
@@ -277,7 +278,7 @@ def show(evaluation: dict, output: Path) -> None:
     )
 
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -287,13 +288,9 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("demo"),
 ) -> None:
     """Distils a small student from a real teacher, then searches with it, on documentation found on this machine."""
-    try:
-        evaluation = run(teacher, output, minutes)
-    except (InputError, DamagedFileError) as error:
-        print(f"leafkern demo: error: {error}", file=sys.stderr)
-        raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
+    evaluation = run(teacher, output, minutes)
     show(evaluation, output)
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(guarded(lambda: app(prog_name="python -m leafkern.demo", standalone_mode=False), debug=False))

@@ -117,6 +117,28 @@ def test_extremes_do_not_saturate(query, dim, isa):
         assert_exact(u, packed, 6, bits, 8)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_queries_of_one_tile_that_are_safe_in_different_groups(isa):
+    C.select_isa(isa)
+    # Safe in sums of four vectors of 32 but not of three, beside one that is safe in threes but not in fours.
+    u = torch.zeros((2, 160), dtype=torch.int8)
+    u[0, [96, 97, 128, 129]] = 63
+    u[1, [0, 1, 96, 97]] = 63
+    assert_exact(u, torch.full((1, 160), 127, dtype=torch.int8), 1, 8, 8)
+
+
+@given(seed=st.integers(0, 2**31), queries=st.integers(2, 9), dim=st.integers(1, 400), isa=st.sampled_from(ISAS))
+@settings(deadline=None)
+def test_sparse_extreme_queries_against_extreme_rows(seed, queries, dim, isa):
+    C.select_isa(isa)
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randint(0, 2, (queries, dim), generator=generator) * 126 - 63
+    dense = torch.rand(queries, 1, generator=generator) ** 2
+    u = (u * (torch.rand(queries, dim, generator=generator) < dense)).to(torch.int8)
+    rows = torch.tensor([127, -128, 126, -127], dtype=torch.int8)[:, None].repeat(1, dim)
+    assert_exact(u, rows, 4, 8, 8)
+
+
 @pytest.mark.parametrize("dim", [2047, 2048, 5000, 20_000])
 def test_wide_vectors_stay_exact(dim):
     u, codes = torch.full((2, dim), 63, dtype=torch.int8), torch.full((3, dim), 127, dtype=torch.int8)
