@@ -15,7 +15,7 @@ from leafkern.train.cache import TeacherCache
 from leafkern.train.data import KINDS, Corpus, Stream, Tokens, tokenise
 from leafkern.train.head import add_head, least_squares
 from leafkern.train.progress import Bars
-from leafkern.train.recipe import Recipe
+from leafkern.train.recipe import Prompts, Recipe
 from leafkern.train.teacher import Teacher, model_prompts, open_teacher
 from leafkern.train.validate import Validation, load_retrieval
 
@@ -94,8 +94,10 @@ def open_student(recipe: Recipe, device: str | None) -> Encoder:
     if wanted.layers is not None:
         student = Encoder.from_layers(student, wanted.layers)
     prompts = model_prompts(student, wanted.prompts)
-    if any(prompts.values()):
+    if any(prompts.values()) or prompts != model_prompts(student, Prompts()):
         student.prompts = {**student.prompts, "query": prompts["queries"], "document": prompts["documents"]}
+        if student.prompt_text() not in prompts.values():
+            student.default_prompt = None
     return student
 
 

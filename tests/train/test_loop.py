@@ -11,6 +11,7 @@ import yaml
 
 from leafkern import Encoder
 from leafkern.errors import DamagedFileError, InputError, NonFiniteLossError
+from leafkern.evaluate import prompt_for
 from leafkern.index import Index
 from leafkern.textio import write_vectors
 from leafkern.train import loop as loop_module
@@ -356,3 +357,18 @@ def test_silent_when_piped(recipe, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == ""
+
+
+@pytest.mark.parametrize("default", [None, "query", "task"])
+def test_the_saved_prompts_are_those_trained_with(recipe, tmp_path, tiny_bert, default):
+    own = {"query": "how to ", "document": "list ", "task": "search "}
+    model = Encoder.from_pretrained(tiny_bert, device="cpu", prompts=own)
+    model.default_prompt = default
+    model.save_pretrained(tmp_path / "prompted")
+    recipe["student"] = {"model": str(tmp_path / "prompted"), "prompts": {"queries": "", "documents": ""}}
+    student = Encoder.from_pretrained(run(recipe, output=tmp_path / "out", overrides=["schedule.steps=1"]).model)
+    assert [student.prompt_text(prompt_for(student, kind)) for kind in ("query", "document")] == ["", ""]
+    assert student.prompt_text() == ""
+    recipe["student"]["prompts"] = {"queries": ""}
+    student = Encoder.from_pretrained(run(recipe, output=tmp_path / "two", overrides=["schedule.steps=1"]).model)
+    assert [student.prompt_text(prompt_for(student, kind)) for kind in ("query", "document")] == ["", "list "]
