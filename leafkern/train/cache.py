@@ -201,7 +201,10 @@ class TeacherCache:
     def _write_shard(self, texts: list[str], vectors: np.ndarray) -> None:
         keys = torch.frombuffer(bytearray(b"".join(map(text_key, texts))), dtype=torch.uint8).view(-1, 16)
         stored = torch.from_numpy(vectors).to(DTYPES[self.identity["dtype"]]).contiguous()
-        path = self.folder / f"{len(self):012d}.safetensors"
+        number = len(self)
+        # Where a shard was deleted, the name by row count may be taken.
+        while (path := self.folder / f"{number:012d}.safetensors").exists():
+            number += 1
         metadata = {"identity": self._fingerprint, "checksum": _checksum(keys, stored)}
         with atomic_file(path) as temporary:
             save_file({"keys": keys, "vectors": stored}, temporary, metadata)

@@ -150,13 +150,17 @@ def test_foreign_and_misaligned_shards_are_named(filled, tmp_path):
 
 
 def test_a_removed_shard_is_encoded_again(filled, texts):
-    shards(filled)[1].unlink()
-    cache, source = TeacherCache(filled, IDENTITY, "float32"), Source()
-    assert cache.missing(texts) == texts[6:12]
-    cache.fill(texts, source, "source")
-    assert source.encoded == texts[6:12]
-    again = TeacherCache(filled, IDENTITY, "float32")
-    np.testing.assert_array_equal(again.vectors(again.rows(texts)).numpy(), vectors_of(texts))
+    even = filled.parent / "even"  # whose last shard stands where the row count without the second one points
+    TeacherCache(even, IDENTITY, "float32").fill(texts[:24], Source(), "source")
+    for folder, held in ((filled, texts), (even, texts[:24])):
+        shards(folder)[1].unlink()
+        cache, source = TeacherCache(folder, IDENTITY, "float32"), Source()
+        assert cache.missing(held) == held[6:12]
+        cache.fill(held, source, "source")
+        assert source.encoded == held[6:12]
+        again = TeacherCache(folder, IDENTITY, "float32")
+        assert again.missing(held) == []
+        np.testing.assert_array_equal(again.vectors(again.rows(held)).numpy(), vectors_of(held))
 
 
 def test_folder_of_something_else_is_refused(tmp_path):
