@@ -59,7 +59,7 @@ class Encoder:
         self.max_length = max_length
         self.prompts = dict(prompts or {})
         self.default_prompt = default_prompt
-        self.compute = _checked_compute(compute)
+        self.compute = _checked_compute(compute, next(module.parameters()).dtype)
         self.name = name
         # Whose vectors this student learned to give (the teacher's fingerprint): it may query their indexes.
         self.aligned_with = aligned_with
@@ -93,8 +93,10 @@ class Encoder:
         sentence-transformers does, and any other family needs it. dim: prefix width of every vector (MRL). prompts:
         more prompts by name, over the model's own. max_length: tokens per text, otherwise the model's own limit.
         Only safetensors are read; no code from the model's folder is run.
-        Raises InputError where the model can't be found or isn't supported, DamagedFileError for unreadable files.
+        Raises InputError where the model can't be found or isn't supported, or torch can't use the device here;
+        DamagedFileError for unreadable files.
         """
+        device = _checked_device(device)
         folder = locate(name_or_path)
         layout = read_layout(folder)
         backbone = load_backbone(layout.backbone, _checked_dtype(dtype))
@@ -113,7 +115,6 @@ class Encoder:
         if max_length is None:
             limits = (layout.max_length or config.get("model_max_length"), backbone.max_length)
             max_length = int(min((limit for limit in limits if limit), default=512))
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(
             module.to(device, _checked_dtype(dtype)).eval(),
             tokenizer,
@@ -192,10 +193,13 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change with weights, config, tokenizer, pooling, heads, normalize or max_length."""
+        """16 hex digits that change with weights, config, tokenizer, pooling, heads or normalize.
+
+        Not with max_length: where texts are cut does not make another model. A teacher cache keeps it beside this.
+        """
         state = self.module.state_dict()
         versions = [(name, tensor.data_ptr(), tensor._version) for name, tensor in state.items()]
-        key = [self.max_length, self.module.normalize, self.module.pooling, *versions]
+        key = [self.module.normalize, self.module.pooling, *versions]
         if self._fingerprint[0] != key:
             digest = hashlib.sha256()
             backbone = self.module.backbone
@@ -204,8 +208,10 @@ class Encoder:
                 "pooling": self.module.pooling,
                 "dense": [head.config() for head in self.module.dense],
                 "normalize": self.module.normalize,
-                "max_length": self.max_length,
-                "tokenizer": json.loads(self.tokenizer.to_str()),
+                "tokenizer": {
+                    **json.loads(self.tokenizer.to_str()),
+                    "truncation": self.tokenizer.truncation["direction"],
+                },
             }
             digest.update(json.dumps(described, sort_keys=True, default=str).encode())
             for name, tensor in sorted(state.items()):
@@ -384,11 +390,35 @@ def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     return _FLOATS[name]
 
 
-def _checked_compute(compute: str | None) -> str | None:
+def _checked_device(device: str | torch.device | None) -> torch.device:
+    """The device, found by making a tensor there; by default the first GPU, else the CPU."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    # AssertionError: torch was built without this kind of device.
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"device: {str(device)!r} can't be used here ({reason}); expected {_devices()}") from None
+    if found.type == "meta":
+        raise InputError(f"device: 'meta' holds no numbers; expected {_devices()}")
+    return found
+
+
+def _devices() -> str:
+    return ", ".join(["'cpu'", *(f"'cuda:{number}'" for number in range(torch.cuda.device_count()))])
+
+
+def _checked_compute(compute: str | None, dtype: torch.dtype) -> str | None:
     if compute is not None and compute not in COMPUTE:
         raise unknown_name("compute", compute, COMPUTE)
     if compute == "int8":
         raise InputError("compute: 'int8' is not yet available on this device; use 'float32', 'bfloat16' or 'float16'")
+    # Autocast narrows float32 and the halves, but neither widens to float32 nor touches float64.
+    if compute is not None and _FLOATS[compute] != dtype and (compute == "float32" or dtype == torch.float64):
+        weights = str(dtype).removeprefix("torch.")
+        raise InputError(f"compute: {compute!r} can't serve {weights} weights; it needs dtype='float32'")
     return compute
 
 

@@ -149,6 +149,9 @@ def test_encode_refuses(run, tmp_path, corpus, tiny_bert):
     fails(run("encode", tiny_bert, corpus, "-o", tmp_path / "v.bin"), 2, "unknown vector format '.bin'")
     fails(run("encode", tiny_bert, corpus, "-o", tmp_path / "no" / "v.npy"), 2, "does not exist")
     fails(run("encode", tmp_path / "nomodel", corpus, "-o", out), 2, "nomodel")
+    near = tiny_bert.with_name(f"{tiny_bert.name}s")
+    fails(run("encode", near, corpus, "-o", out), 2, f"no folder {near}; did you mean {tiny_bert}?")
+    fails(run("encode", tiny_bert, corpus, "-o", out, "--device", "gpu"), 2, "device: 'gpu'", "'cpu'")
     fails(run("encode", tiny_bert, corpus), 2, "output")
     fails(run("encod", tiny_bert), 2, "encod")
     fails(run("encode", tiny_bert, corpus, "-o", out, "--dimm", 3), 2, "--dimm")
@@ -284,6 +287,17 @@ def test_train_refuses(run, tmp_path):
     (tmp_path / "r.yaml").write_text("teachr: x\n")
     fails(run("train", tmp_path / "r.yaml"), 2, "teachr", "teacher")
     fails(run("train", tmp_path / "none.yaml"), 2, "none.yaml")
+
+
+def test_train_refuses_a_wrong_device(run, tmp_path, corpus, tiny_bert):
+    values = {
+        "teacher": {"model": str(tiny_bert)},
+        "student": {"layers": [0]},
+        "data": {"documents": str(corpus)},
+        "device": "cuda:99",
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(values))
+    fails(run("train", tmp_path / "r.yaml", "--output", tmp_path / "out"), 2, "device: 'cuda:99'")
 
 
 def test_bench_refuses(run):

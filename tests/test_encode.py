@@ -311,6 +311,12 @@ def test_unknown_models(tiny_bert, tmp_path):
         ({"dtype": "float12"}, "dtype: unknown name 'float12'; did you mean 'float"),
         ({"compute": "bf16"}, "compute: unknown name 'bf16'"),
         ({"compute": "int8"}, "'int8' is not yet available"),
+        (
+            {"compute": "float32", "dtype": "bfloat16"},
+            "compute: 'float32' can't serve bfloat16 weights; .*dtype='float32'",
+        ),
+        ({"compute": "float32", "dtype": torch.float64}, "compute: 'float32' can't serve float64 weights"),
+        ({"compute": "float16", "dtype": "float64"}, "compute: 'float16' can't serve float64 weights"),
         ({"dim": 33}, "dim: 33 .* have 32 numbers"),
         ({"dim": 0}, "dim: 0"),
         ({"max_length": 65}, "max_length: 65; this model takes 3 to 64"),
@@ -320,6 +326,17 @@ def test_unknown_models(tiny_bert, tmp_path):
 def test_wrong_options(tiny_bert, options, message):
     with pytest.raises(InputError, match=message):
         opened(tiny_bert, **options)
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:99", "meta", "cpu:x", "mps", 2.5])
+def test_a_wrong_device_is_refused_before_anything_is_loaded(tmp_path, device):
+    with pytest.raises(InputError, match=r"^device: .*; expected 'cpu'"):
+        Encoder.from_pretrained(tmp_path / "no model", device=device)
+
+
+def test_float32_arithmetic_with_float32_weights(tiny_bert, tiny):
+    for dtype in (None, "float32", torch.float32):
+        assert np.array_equal(opened(tiny_bert, dtype=dtype, compute="float32").encode(TEXTS), tiny.encode(TEXTS))
 
 
 @pytest.mark.parametrize(
@@ -473,7 +490,7 @@ def test_fingerprint(tiny_bert, tiny):
     encoder = opened(tiny_bert)
     assert encoder.fingerprint == tiny.fingerprint
     assert len(encoder.fingerprint) == 16
-    assert opened(tiny_bert, max_length=32).fingerprint != tiny.fingerprint
+    assert opened(tiny_bert, max_length=32).fingerprint == tiny.fingerprint
     assert opened(tiny_bert, pooling="cls").fingerprint != tiny.fingerprint
     with torch.no_grad():
         encoder.module.backbone.embeddings.LayerNorm.bias[3] += 1e-3
