@@ -65,6 +65,6 @@ def operations() -> list[tuple[str, str, str, str]]:
         elif reason is None:
             rows.append((operation, "native", "the compiled kernels are there", ""))
         else:
-            faster = "the native kernels: install a C++ compiler and reinstall leafkern"
+            faster = f"the native kernels: {native.NEEDED}"
             rows.append((operation, "reference", reason, faster))
     return rows

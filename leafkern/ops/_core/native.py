@@ -9,6 +9,10 @@ from types import ModuleType
 
 from leafkern.errors import unknown_name
 
+NEEDED = (
+    "install a C++ compiler and Python's headers (python3-dev), then reinstall leafkern (in a checkout: make -B setup)"
+)
+
 
 @functools.cache
 def library() -> tuple[ModuleType | None, str]:
@@ -16,7 +20,7 @@ def library() -> tuple[ModuleType | None, str]:
     try:
         from leafkern import _C
     except ImportError as error:
-        return None, f"leafkern._C is not built ({error}); install a C++ compiler and reinstall leafkern"
+        return None, f"leafkern._C is not built ({error}); {NEEDED}"
     available = _C.instruction_sets()
     isa = os.environ.get("LEAFKERN_ISA") or available[-1]
     if isa not in available:
