@@ -300,7 +300,7 @@ def _retrieval_cell(documents, queries, precision: str, task: Retrieval, k: int,
     coarse, fine = split_precision(precision)
     base = quantize(documents, coarse)
     options = {"rescore": quantize(documents, fine), "oversample": _OVERSAMPLE} if fine else {}
-    twins = _twins(task)
+    twins = self_answers(task)
     found = search(queries, base, k + any(twin is not None for twin in twins), **options)[1].numpy()
     times, started = [], time.perf_counter()
     while len(times) < 2 or time.perf_counter() - started < _TIMED_SECONDS:
@@ -317,7 +317,7 @@ def _retrieval_cell(documents, queries, precision: str, task: Retrieval, k: int,
     }
 
 
-def _twins(task: Retrieval) -> list[int | None]:
+def self_answers(task: Retrieval) -> list[int | None]:
     """For each query the row of the document that it was taken from, which it must not find (as in BEIR), or None.
 
     That is one of the same id that holds the query's text, unless it was judged relevant.
@@ -361,7 +361,7 @@ def evaluate(
         for name, given in encoders.items()
     }
     for name, encoder in encoders.items():
-        over = [dim for dim in dims or () if dim > encoder.dim]
+        over = [dim for dim in dims or () if not 1 <= dim <= encoder.dim]
         if over:
             raise InputError(f"dims: {over[0]} is not a width of {name}, whose vectors have {encoder.dim} numbers")
     retrieval = isinstance(task, Retrieval)

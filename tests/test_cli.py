@@ -253,7 +253,7 @@ def test_disk_full_keeps_the_index(run, tmp_path, monkeypatch):
     Index.open(tmp_path / "i").verify()
 
 
-def test_eval(run, tmp_path, tiny_bert):
+def test_eval(run, tmp_path, tiny_bert, monkeypatch):
     task = tmp_path / "task"
     task.mkdir()
     (task / "corpus.jsonl").write_text(
@@ -276,6 +276,10 @@ def test_eval(run, tmp_path, tiny_bert):
     assert code == 0
     assert "Spearman" in out
     fails(run("eval", tiny_bert, "--data", task, "--dims", "64"), 2, "dims: 64 is not a width of student")
+    monkeypatch.setattr(Encoder, "encode", None)  # refused before anything is encoded
+    for dims in ("0", "-3", "32,0"):
+        wrong = dims.split(",")[-1]
+        fails(run("eval", tiny_bert, "--data", task, "--dims", dims), 2, f"dims: {wrong} is not a width of student")
     fails(run("eval", tiny_bert, "--data", task, "--dims", "a"), 2, "--dims: 'a'; expected whole numbers")
     fails(run("eval", tiny_bert, "--data", task, "--precisions", "int7"), 2, "'int7'; did you mean 'int8'")
     fails(run("eval", tiny_bert, "--data", tmp_path / "no"), 2, "no such file or folder")

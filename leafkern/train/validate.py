@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from leafkern.encode import Encoder
 from leafkern.errors import InputError
-from leafkern.evaluate import Retrieval, load_beir, ndcg
+from leafkern.evaluate import Retrieval, load_beir, ndcg, self_answers
 from leafkern.ops import alignment_loss, search
 from leafkern.textio import read_texts
 from leafkern.train.data import KINDS
@@ -32,7 +32,8 @@ def load_retrieval(path: str) -> Retrieval:
         )
     queries, documents = read_texts(path, "query").texts, read_texts(path, "document").texts
     number = {text: str(position) for position, text in enumerate(dict.fromkeys(documents))}
-    query_ids = [str(position) for position in range(len(queries))]
+    # No id of a document, for that would make it the document that the query was taken from.
+    query_ids = [f"query {position}" for position in range(len(queries))]
     qrels = {query: {number[document]: 1} for query, document in zip(query_ids, documents)}
     return Retrieval(list(number.values()), list(number), query_ids, queries, qrels)
 
@@ -83,7 +84,8 @@ class Validation:
         if data is not None:
             documents = F.normalize(encode(data.corpus_texts, "documents"))
             queries = F.normalize(encode(data.query_texts, "queries"))
-            _, rows = search(queries, documents, DEPTH)
-            ranked = [[data.corpus_ids[row] for row in of_query] for of_query in rows.tolist()]
+            own = self_answers(data)
+            _, rows = search(queries, documents, DEPTH + any(row is not None for row in own))
+            ranked = [[data.corpus_ids[row] for row in found if row != mine] for mine, found in zip(own, rows.tolist())]
             found["ndcg@10"] = float(ndcg(ranked, data.query_ids, data.qrels, k=DEPTH))
         return found

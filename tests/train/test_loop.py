@@ -11,7 +11,7 @@ import yaml
 
 from leafkern import Encoder
 from leafkern.errors import DamagedFileError, InputError, NonFiniteLossError
-from leafkern.evaluate import prompt_for
+from leafkern.evaluate import evaluate, prompt_for, self_answers
 from leafkern.index import Index
 from leafkern.textio import write_vectors
 from leafkern.train import loop as loop_module
@@ -20,6 +20,7 @@ from leafkern.train.checkpoint import latest_checkpoint
 from leafkern.train.head import least_squares
 from leafkern.train.loop import learning_rate
 from leafkern.train.recipe import Optimiser
+from leafkern.train.validate import load_retrieval
 
 WORDS = ["the", "leaf", "kernel", "search", "vector", "python", "how", "to", "is", "a", "of", "file", "list"]
 
@@ -184,6 +185,32 @@ def test_retrieval_is_measured_while_training(recipe, tmp_path):
     recipe["evaluate"]["retrieval"] = str(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"evaluate.retrieval: no file or folder"):
         run(recipe, output=tmp_path / "other")
+
+
+def test_ndcg_while_training_is_that_of_evaluate(recipe, tmp_path):
+    """Queries that are documents themselves, as in some tasks of BEIR: none may count itself."""
+    documents = (tmp_path / "documents.txt").read_text().splitlines()[:40]
+    task = tmp_path / "task"
+    task.mkdir()
+    rows = [json.dumps({"_id": f"d{number}", "text": text}) + "\n" for number, text in enumerate(documents)]
+    (task / "corpus.jsonl").write_text("".join(rows))
+    (task / "queries.jsonl").write_text("".join(rows[:15]))
+    (task / "qrels.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n" + "".join(f"d{n}\td{n + 15}\t1\n" for n in range(15))
+    )
+    recipe["student"]["prompts"] = {"queries": "how "}
+    recipe["evaluate"] = {"retrieval": str(task)}
+    result = run(recipe, output=tmp_path / "out", overrides=["schedule.steps=2"])
+    measured = evaluate(result.model, data=task, dims=[32], precisions=["float32"])["rows"][0]["ndcg"]
+    assert 0 < measured < 1
+    assert evaluations(result.history)[-1]["ndcg@10"] == pytest.approx(measured, abs=1e-9)
+
+
+def test_known_items_whose_numbers_meet_are_no_documents_of_their_own(tmp_path):
+    pairs = [("x", "a b"), ("y", "a b"), ("leaf", "c d"), ("e", "the leaf")]
+    rows = "".join(json.dumps({"query": query, "document": document}) + "\n" for query, document in pairs)
+    (tmp_path / "known.jsonl").write_text(rows)
+    assert self_answers(load_retrieval(str(tmp_path / "known.jsonl"))) == [None] * 4
 
 
 def test_stop_signal_saves_and_resume_goes_on(recipe, tmp_path):
