@@ -8,7 +8,7 @@ import importlib
 __version__ = "0.1.0"
 
 _LAZY = {"Encoder": "leafkern.encode", "Index": "leafkern.index"}
-_SUBMODULES = ("bench", "encode", "errors", "evaluate", "index", "integrations", "nn", "ops", "train")
+_SUBMODULES = ("bench", "encode", "errors", "evaluate", "index", "nn", "ops", "train")
 
 __all__ = ["Encoder", "Index", "__version__", *_SUBMODULES]
 

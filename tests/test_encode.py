@@ -292,6 +292,20 @@ def test_other_families_run_through_transformers(tiny_copy, tmp_path, tiny, fami
     assert opened(tiny_copy, pooling="last").dim == 16
 
 
+def test_other_families_load_without_a_word(tiny_copy):
+    from transformers import AutoModel, RobertaConfig
+
+    sizes = {"vocab_size": 200, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    AutoModel.from_config(RobertaConfig(num_hidden_layers=1, **sizes)).save_pretrained(tiny_copy)
+    code = (
+        f"from leafkern import Encoder\nEncoder.from_pretrained({str(tiny_copy)!r}, device='cpu', max_length=32)\n"
+        "from transformers.utils import logging\nfrom huggingface_hub.utils import are_progress_bars_disabled\n"
+        "print(logging.is_progress_bar_enabled(), are_progress_bars_disabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("True False\n", "")
+
+
 def test_unknown_models(tiny_bert, tmp_path):
     with pytest.raises(InputError, match=f"no folder .*; did you mean {tiny_bert}"):
         opened(tiny_bert.parent / "modle")
@@ -516,6 +530,15 @@ def test_a_crash_while_saving_leaves_the_model_that_stood_there(tiny_bert, tmp_p
             student.save_pretrained(tmp_path / "model")
         assert opened(tmp_path / "model").fingerprint == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "model"]
+
+
+def test_every_public_name_resolves():
+    import leafkern
+
+    for owner in (leafkern, leafkern.ops):
+        assert set(owner.__all__) <= set(dir(owner))
+        for name in owner.__all__:
+            assert getattr(owner, name) is not None
 
 
 def test_import_is_lazy():

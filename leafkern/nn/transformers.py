@@ -1,5 +1,7 @@
 """Backbones of other families than BERT, through transformers' AutoModel."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,7 +31,8 @@ class TransformersBackbone(nn.Module):
 
         options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
         try:
-            model, info = AutoModel.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, **options)
+            with _without_bars():
+                model, info = AutoModel.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, **options)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"model: transformers can't open {folder}: {error}") from None
         missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
@@ -65,6 +68,25 @@ class TransformersBackbone(nn.Module):
         more = {} if batch.token_type_ids is None else {"token_type_ids": padding.pad(batch.token_type_ids)}
         states = self.model(input_ids=ids, attention_mask=mask.long(), **more).last_hidden_state
         return padding.unpad(states)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws its bars even where stderr is no terminal; its switch also turns the hub's."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    shown, hub_silent = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+            if hub_silent:
+                disable_progress_bars()
+        elif not hub_silent:
+            enable_progress_bars()
 
 
 def _counts_from_padding(model: nn.Module) -> bool:
