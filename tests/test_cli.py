@@ -202,6 +202,14 @@ def test_index_and_search(run, tmp_path, corpus, tiny_bert):
     fails(run("search", index, tiny_bert, "x"), 1, segment.name, "truncated")
 
 
+def test_search_of_an_empty_index(run, tmp_path, tiny_bert):
+    Index.build(tmp_path / "i", np.empty((0, 32), np.float32))
+    assert run("search", tmp_path / "i", tiny_bert, "the leaf") == (0, "", "")
+    code, out, err = run("search", tmp_path / "i", tiny_bert, "a", "b", "--json")
+    assert (code, err) == (0, "")
+    assert [json.loads(line) for line in out.splitlines()] == [{"query": text, "results": []} for text in "ab"]
+
+
 def test_search_refuses(run, tmp_path, corpus, tiny_bert):
     index = tmp_path / "index"
     assert run("index", "build", index, corpus, "--model", tiny_bert)[0] == 0

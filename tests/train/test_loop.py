@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -377,6 +378,13 @@ def test_bfloat16_and_other_losses_run(recipe, tmp_path):
         found = losses(result.history)
         assert np.isfinite(found).all()
         assert np.mean(found[-4:]) < np.mean(found[:4])
+
+
+@pytest.mark.parametrize("package", ["yaml", "pydantic"])
+def test_a_package_that_is_missing_is_named_with_its_extra(recipe, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf"needs {package}: pip install 'leafkern\[train\]'"):
+        run(recipe)
 
 
 def test_silent_when_piped(recipe, tmp_path, capsys):
