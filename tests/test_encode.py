@@ -342,7 +342,7 @@ def test_wrong_options(tiny_bert, options, message):
         opened(tiny_bert, **options)
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "cuda:99", "meta", "cpu:x", "mps", 2.5])
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:99", "meta", "cpu:x", "vulkan", 2.5])
 def test_a_wrong_device_is_refused_before_anything_is_loaded(tmp_path, device):
     with pytest.raises(InputError, match=r"^device: .*; expected 'cpu'"):
         Encoder.from_pretrained(tmp_path / "no model", device=device)
