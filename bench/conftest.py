@@ -12,7 +12,7 @@ from . import harness, machine
 from .ceilings import measure
 
 # name: seconds for the timed rounds of one case
-BUDGETS = {"tiny": 0.2, "small": 3, "full": 30}
+BUDGETS = {"tiny": 0.2, "small": 3, "full": 20}
 
 
 def pytest_addoption(parser):

@@ -3,7 +3,7 @@
 A contestant whose output fails its check is reported as failed and never timed. The others run in interleaved
 rounds (one call of each, then again), each round on the next input set, so that drift of a shared machine meets
 all of them alike. On glibc every case runs twice, with the allocator as it is and keeping freed memory; each
-contestant is quoted with the better median.
+contestant is quoted with the better median. A peer that takes over ONE_CALL_S a call is quoted by its checked call.
 """
 
 import math
@@ -17,6 +17,7 @@ from .machine import commit, machine, mallopt_function, peak_memory, set_allocat
 
 FORMAT = 1
 MINIMUM_S = 0.005  # one timed round lasts at least this long; faster calls are repeated inside it
+ONE_CALL_S = 8.0  # a peer slower than this is quoted by the call that was checked: rounds of it would take minutes
 PAUSE_S = 0.005  # before each timed round: the previous library's threads stop spinning and leave the cores
 
 
@@ -82,6 +83,8 @@ def measure(
         rows[contestant.name] = _empty_row(case, contestant, ceilings, command) | {"peak_bytes": peak}
         if wrong is not None:
             rows[contestant.name] |= {"status": "failed", "reason": wrong}
+        elif seconds > ONE_CALL_S and not contestant.ours:
+            rows[contestant.name] |= _best_timing({"default": [seconds]})
         else:
             alive.append(contestant)
             costs[contestant.name] = seconds

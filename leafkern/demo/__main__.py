@@ -1,8 +1,9 @@
 """`make demo`: a small student is distilled from a real teacher and searched with, on documentation found here.
 
-python -m leafkern.demo [--teacher FOLDER_OR_HUB_ID] [--minutes 8] [--output demo]
+python -m leafkern.demo [--teacher FOLDER_OR_HUB_ID] [--minutes 8] [--output demo] [--debug]
 """
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -78,6 +79,13 @@ def run(teacher: str | None, output: Path, minutes: float) -> dict:
     began = time.monotonic()
     # Cutting at MAX_LENGTH is the demonstration's choice, not news.
     warnings.filterwarnings("ignore", message=".*longer than max_length")
+    missing = [name for name in ("bm25s", "pydantic", "yaml") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"the demonstration needs {', '.join(missing)}: pip install 'leafkern[demo]'")
+    data = output / "data"
+    ours = (data / "held-out" / "qrels" / "test.tsv").is_file()
+    if output.exists() and not ours and any(output.iterdir()):
+        raise InputError(f"--output: {output} holds something else; name an empty or new folder")
     stages = {
         "read": ("Reading the documentation of Python", 12.0),
         "held-out": ("The teacher encodes the held-out pages", 40.0),
@@ -91,8 +99,6 @@ def run(teacher: str | None, output: Path, minutes: float) -> dict:
     with Journey(stages) as journey:
         journey.stage("read")
         name = teacher or str(default_teacher())
-        if output.exists() and not (output / "data").is_dir() and any(output.iterdir()):
-            raise InputError(f"--output: {output} holds something else; name an empty or new folder")
         pages = read_pages(progress=journey)
         split = split_pages(pages, held_out=HELD_OUT, validation=VALIDATION)
 
@@ -105,15 +111,12 @@ def run(teacher: str | None, output: Path, minutes: float) -> dict:
         from leafkern.train.recipe import load_recipe
         from leafkern.train.teacher import open_teacher
 
-        for part in ("run", "model", "index"):
-            shutil.rmtree(output / part, ignore_errors=True)
-        data = output / "data"
         held_out = load_beir(write_known_items(data / "held-out", split.held_out))
         validation = write_known_items(data / "validation", split.validation)
 
         journey.stage("held-out")
         recipe = {
-            "teacher": {"model": name, "max_length": MAX_LENGTH, "cache": str(output / "teacher-cache")},
+            "teacher": {"model": name, "max_length": MAX_LENGTH},
             "student": {"head_init": "lstsq", "max_length": MAX_LENGTH},
             "data": {"documents": str(data / "documents.jsonl"), "queries": str(data / "queries.jsonl")},
             "optimiser": {"lr": 2e-4, "final_lr": 1e-5},
@@ -121,6 +124,8 @@ def run(teacher: str | None, output: Path, minutes: float) -> dict:
             "checkpoint": {"keep": 1},
         }
         source = open_teacher(load_recipe({**recipe, "student": {"model": name}}).teacher, {})
+        teacher_cache = output / "teacher-cache" / source.encoder.fingerprint
+        recipe["teacher"]["cache"] = str(teacher_cache)
         # A teacher of another family has no layers to give: the student is then made of MiniLM's.
         donor = source.encoder
         if not isinstance(donor.module.backbone, PackedEncoder):
@@ -152,6 +157,8 @@ def run(teacher: str | None, output: Path, minutes: float) -> dict:
                 shown = "  ".join(f"{key} {value:.3g}" for key, value in facts.items() if isinstance(value, float))
                 journey(done, total, shown)
 
+        for part in ("run", "model", "index"):
+            shutil.rmtree(output / part, ignore_errors=True)
         result = train(recipe, output=output / "run", progress=report)
         os.replace(result.model, output / "model")
 
@@ -180,7 +187,7 @@ def run(teacher: str | None, output: Path, minutes: float) -> dict:
         )
 
         journey.stage("index")
-        cache = TeacherCache(output / "teacher-cache" / "documents", source.identity("documents"))
+        cache = TeacherCache(teacher_cache / "documents", source.identity("documents"))
         indexed = learned + split.held_out
         document_vectors = [cache.vectors(cache.rows([page.body for page in learned])).numpy(), teacher_documents]
         Index.build(
@@ -293,4 +300,6 @@ def demo(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: app(prog_name="python -m leafkern.demo", standalone_mode=False), debug=False))
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    run_app = functools.partial(app, arguments, prog_name="python -m leafkern.demo", standalone_mode=False)
+    sys.exit(guarded(run_app, debug="--debug" in sys.argv))

@@ -48,6 +48,18 @@ def test_floor_is_the_larger_of_arithmetic_and_memory():
     assert work(bandwidth="absent").floor(CEILINGS) is None
 
 
+def test_a_very_slow_peer_is_quoted_by_its_checked_call(monkeypatch):
+    monkeypatch.setattr(harness, "ONE_CALL_S", 0.02)
+    calls = []
+    slow, ours = contestant("slow", calls, seconds=0.03), contestant("leafkern", calls, seconds=0.03, ours=True)
+    rows = harness.measure(case(slow, ours), CEILINGS, budget=0.1)
+    assert rows[0]["rounds"] == 1
+    assert [name for name, _ in calls].count("slow") == 1
+    assert rows[0]["status"] == "ok"
+    assert rows[0]["p50_s"] >= 0.03
+    assert rows[1]["rounds"] >= 3
+
+
 def test_percentiles_are_numpys():
     values = np.random.default_rng().random(17).tolist()
     for percent in (0, 20, 50, 80, 100):

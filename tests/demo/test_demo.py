@@ -119,10 +119,12 @@ def test_another_teacher_under_the_same_name_is_refused(monkeypatch):
 
 
 def test_refuses_a_folder_that_holds_something_else(tmp_path, tiny_bert):
-    (tmp_path / "letter.txt").write_text("mine")
+    for name in ("data", "model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="--output"):
         demo.run(str(tiny_bert), tmp_path, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+    assert (tmp_path / "model" / "mine.txt").exists()
 
 
 def test_unknown_teacher_exits_with_2(tmp_path):
@@ -139,8 +141,10 @@ def test_the_whole_way(tmp_path, tiny_bert, monkeypatch, capsys):
     monkeypatch.setattr(demo, "LEAST_TRAINING_SECONDS", 1.0)
     monkeypatch.setattr(demo, "read_pages", lambda progress: some_pages(400))
     output = tmp_path / "demo"
-    for _ in range(2):  # a second run replaces the first
-        evaluation = demo.run(str(tiny_bert), output, 2)
+    other = tmp_path / "another-teacher"
+    Encoder.from_layers(Encoder.from_pretrained(tiny_bert, device="cpu"), [0, 1, 2]).save_pretrained(other)
+    for teacher in (str(other), str(tiny_bert)):  # a second run replaces the first
+        evaluation = demo.run(teacher, output, 2)
     demo.show(evaluation, output)
     shown = capsys.readouterr().out
     assert "student" in shown
