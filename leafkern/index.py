@@ -8,6 +8,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from leafkern import segment as segments
 from leafkern.errors import DamagedFileError, InputError
-from leafkern.files import confined, remove_leftovers, write_json
+from leafkern.files import confined, make_folder, remove_leftovers, write_json, writing
 from leafkern.manifest import (
     FORMAT,
     MANIFEST,
@@ -131,20 +132,21 @@ class Index:
         foreign = [entry.name for entry in path.iterdir() if not is_part(entry.name)] if existed else []
         if foreign:
             raise InputError(f"{path}: holds {foreign[0]!r}, which is not part of an index; choose another folder")
-        path.mkdir(parents=True, exist_ok=True)
         index = cls.__new__(cls)
         index.path = path
         index._manifest, index._tensors, index._files = manifest, [], []
         try:
+            make_folder(path)
             with Rows(vectors, path, width) as rows:
                 manifest["width"] = rows.width
                 index._check_new(rows, texts)
                 index._replace(None, rows, index._new_ids(rows.count, ids), texts)
         except BaseException:
-            if not existed:
-                remove_leftovers(path)
-                if not any(path.iterdir()):
-                    path.rmdir()
+            if not existed and path.is_dir():
+                with suppress(InputError), writing(path):  # not while another process builds there
+                    remove_leftovers(path)
+                    if not any(path.iterdir()):
+                        path.rmdir()
             raise
         return index
 
@@ -429,6 +431,10 @@ class Index:
         self, keep: np.ndarray | None, new: Rows | None, new_ids: pa.Array | None, new_texts: Sequence[str] | None
     ) -> None:
         """Writes old rows (those of `keep`, or all) and new ones as one segment, then replaces the manifest."""
+        with writing(self.path):
+            self._replace_alone(keep, new, new_ids, new_texts)
+
+    def _replace_alone(self, keep, new, new_ids, new_texts) -> None:
         if (self.path / MANIFEST).exists() and self._manifest["revision"]:
             if read_manifest(self.path)["revision"] != self._manifest["revision"]:
                 raise InputError(f"{self.path}: changed on disk since it was opened; open it again")
@@ -456,7 +462,7 @@ class Index:
             write_json(self.path / MANIFEST, manifest)
         except BaseException:
             on_disk = self.path / MANIFEST
-            if path is not None and not (on_disk.exists() and name in on_disk.read_text(encoding="utf-8")):
+            if path is not None and not (on_disk.exists() and name.encode() in on_disk.read_bytes()):
                 path.unlink(missing_ok=True)
             raise
         self._load()

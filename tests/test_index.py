@@ -206,6 +206,26 @@ def test_a_stale_handle_does_not_undo_another_writer(tmp_path):
     assert len(Index.open(tmp_path / "i")) == 122
 
 
+def test_one_writer_at_a_time(tmp_path, monkeypatch):
+    x = unit(120)
+    first = Index.build(tmp_path / "i", x)
+    second, refusals = Index.open(tmp_path / "i"), []
+
+    def meanwhile(step, where):
+        for write in (lambda: second.add(x[:1]), lambda: second.remove([0]), lambda: Index.build(second.path, x[:7])):
+            with pytest.raises(InputError, match="another process is writing it; try again later"):
+                write()
+            refusals.append(step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "on_step", meanwhile)
+        first.add(x[:2])
+    assert len(refusals) == 3 * 8
+    assert len(Index.open(tmp_path / "i")) == 122
+    Index.open(tmp_path / "i").verify()
+    assert Index.open(tmp_path / "i").add(x[:1]) == 0  # the lock is gone
+
+
 OPERATIONS = {
     "build anew": lambda index, x: Index.build(index.path, x[:60], precision="binary"),
     "add": lambda index, x: index.add(x[:3]),
@@ -270,7 +290,7 @@ def test_crash_of_a_first_build(tmp_path, monkeypatch):
             else:
                 assert not path.exists()
         else:
-            assert crash_at == len(steps) == 8
+            assert crash_at == len(steps) == 9
             return
     raise AssertionError("the build never ended")
 
