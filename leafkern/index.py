@@ -95,19 +95,23 @@ class Index:
         prompt: str | None = None,
         texts: Sequence[str] | None = None,
         width: int | None = None,
+        ranges: object = None,
     ) -> "Index":
         """Makes an index at `path`, in place of one that is there.
 
         vectors: numpy or torch (N, D), or an iterable of such blocks (which are kept on disk meanwhile); N may be 0.
         ids: N different int64 or strings; None numbers the rows from 0. texts: N strings that `text_of` gives back.
         precision: of the codes scanned; rescore: of the codes that the best candidates are scored with again, finer, or
-        None. An index of float32 or float16 needs no rescoring and gets none. Ranges of int8 and int4 are taken from
-        these vectors as `quantize` does, and frozen; an empty index takes them from what is first added.
+        None. An index of float32 or float16 needs none: there "float16", the default, means None.
+        ranges: numpy or torch (2, D) for the int8 and int4 codes, as `calibrate` gives them; values outside are
+        clipped. None takes them from these vectors as `quantize` does. They are frozen; an empty index takes them from
+        what is first added.
         encoder (an `Encoder` or its fingerprint), prompt: what made the vectors; kept, and compared by `require`.
         width: D, needed only where `vectors` is an iterable without blocks.
 
-        Errors (InputError): NaN or infinity (row named), duplicate or unfit ids, unknown precision, a folder that holds
-        something else.
+        Errors (InputError): NaN, infinity or values too large for float16 (row named), fewer than 100 vectors that are
+        not unit-norm and no ranges for their int8 or int4 codes, ranges where nothing takes them, duplicate or unfit
+        ids, unknown precision, a folder that holds something else, another process that is writing it.
         """
         path = Path(path)
         manifest = {
@@ -137,9 +141,10 @@ class Index:
         index._manifest, index._tensors, index._files = manifest, [], []
         try:
             make_folder(path)
-            with Rows(vectors, path, width) as rows:
+            with Rows(vectors, path, width, ranges) as rows:
                 manifest["width"] = rows.width
                 index._check_new(rows, texts)
+                index._check_ranges(rows, ranges)
                 index._replace(None, rows, index._new_ids(rows.count, ids), texts)
         except BaseException:
             if not existed and path.is_dir():
@@ -403,6 +408,14 @@ class Index:
             if not isinstance(text, str):
                 raise InputError(f"texts: row {row} is {type(text).__name__}, not str")
         rows.check_finite()
+
+    def _check_ranges(self, rows: Rows, ranges: object) -> None:
+        if ranges is None:
+            return
+        if not {"int8", "int4"} & set(self._levels().values()):
+            raise InputError(f"ranges: an index of {self.precision} has no int8 or int4 codes; leave them out")
+        if rows.count == 0:
+            raise InputError("ranges: an empty index takes them from the vectors first added; leave them out")
 
     def _new_ids(self, count: int, ids: object) -> pa.Array:
         """The ids of `count` new rows, checked; sets what the manifest says of ids."""

@@ -14,7 +14,7 @@ import torch
 from leafkern import Index, files
 from leafkern.errors import DamagedFileError, InputError
 from leafkern.index import PRECISIONS, ClippedWarning
-from leafkern.ops import quantize, search
+from leafkern.ops import calibrate, quantize, search
 from leafkern.textio import safetensors_header
 
 pytestmark = pytest.mark.filterwarnings("ignore::leafkern.ops._core.backend.FallbackWarning")
@@ -78,6 +78,45 @@ def test_blocks_give_the_same_file_content(tmp_path):
     with pytest.raises(InputError, match="row 61 holds NaN"):
         Index.build(tmp_path / "bad", (np.full((1, 24), np.nan, np.float32) if i == 61 else x[:1] for i in range(70)))
     assert not (tmp_path / "bad").exists()
+
+
+def test_too_large_values_are_named_among_all_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("leafkern.vectors._BLOCK_VALUES", 240)
+    x = unit(230).astype(np.float64)
+    for value, message in ((1e5, "vectors: row 157 does not fit float16"), (1e39, "vectors: row 157 holds NaN or inf")):
+        x[157, 3] = value
+        for given in (x, iter(np.split(x, 23))):
+            with pytest.raises(InputError, match=message):
+                Index.build(tmp_path / "i", given)
+            assert not (tmp_path / "i").exists()
+    x[157, 3] = 6e4
+    index = Index.build(tmp_path / "i", x)
+    x[157, 3] = 1e5
+    with pytest.raises(InputError, match="row 157 does not fit float16"):
+        index.add(x)
+    assert len(Index.open(tmp_path / "i")) == 230
+    assert len(list((tmp_path / "i").iterdir())) == 2
+
+
+def test_ranges_given(tmp_path):
+    x = unit(300) * 5
+    ranges = calibrate(torch.from_numpy(x), "int8")
+    with pytest.raises(InputError, match=r"vectors: row 0 has norm 5 .* give ranges=calibrate"):
+        Index.build(tmp_path / "i", x[:9])
+    for given in (ranges, ranges.numpy().astype(np.float64)):
+        index = Index.build(tmp_path / "i", x[:9], ranges=given)
+        expected = quantize(torch.from_numpy(x[:9]), "int8", ranges=ranges)
+        assert torch.equal(index._tensors[0]["codes"], expected.codes)
+    index.add(x[9:])
+    assert torch.equal(Index.open(tmp_path / "i")._tensors[0]["codes_ranges"], ranges)
+    for options, message in (
+        ({"ranges": ranges[:, :3]}, r"ranges: expected shape \(2, 24\)"),
+        ({"ranges": ranges, "precision": "binary"}, "ranges: an index of binary has no int8 or int4 codes"),
+        ({"ranges": ranges, "vectors": x[:0]}, "ranges: an empty index"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Index.build(tmp_path / "j", **{"vectors": x, **options})
+    assert not (tmp_path / "j").exists()
 
 
 def test_ids_texts_and_order(tmp_path):
