@@ -36,7 +36,7 @@ from leafkern.manifest import (
 from leafkern.ops import Quantized, quantize, search
 from leafkern.ops.quantization import code_width
 from leafkern.segment import Column
-from leafkern.textio import check_finite
+from leafkern.textio import check_finite, is_unicode
 from leafkern.vectors import Rows, id_array, matrix
 
 __all__ = ["PRECISIONS", "RESCORE_PRECISIONS", "ClippedWarning", "Index"]
@@ -404,9 +404,11 @@ class Index:
             raise InputError("texts: the index was built without texts; build it anew to keep them")
         if texts is not None and len(texts) != rows.count:
             raise InputError(f"texts: {len(texts)} for {rows.count} vectors; expected one each")
-        for row, text in enumerate(texts or ()):
+        for row, text in enumerate(() if texts is None else texts):
             if not isinstance(text, str):
                 raise InputError(f"texts: row {row} is {type(text).__name__}, not str")
+            if not is_unicode(text):
+                raise InputError(f"texts: row {row} holds a lone surrogate, which is no valid Unicode text")
         rows.check_finite()
 
     def _check_ranges(self, rows: Rows, ranges: object) -> None:

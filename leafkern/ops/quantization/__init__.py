@@ -175,7 +175,8 @@ def quantize(x: torch.Tensor, precision: str, *, ranges: torch.Tensor | None = N
     binary, ubinary: bit = x > 0. A constant dimension (max = min) gets scale 0 and offset min.
 
     Errors: `InputError` for NaN or infinity in x or values too large for the precision (the row is named), ranges
-    that are misshapen, reversed or not needed, and fewer than 100 rows of which one's norm is not 1 +- 0.01 without ranges.
+    that are misshapen, reversed or not needed, and fewer than 100 rows of which one's norm is not 1 +- 0.01 without
+    ranges.
     """
     check_floating("x", x, ndim=2)
     if precision not in PRECISIONS:
