@@ -1,6 +1,9 @@
 """The index on disk: exact against the operation, whole after a crash at any step, strict about its files."""
 
+import errno
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -340,6 +343,34 @@ def test_crash_of_a_first_build(tmp_path, monkeypatch):
     raise AssertionError("the build never ended")
 
 
+@pytest.mark.parametrize("room", [0, 100, 3_000, 9_000])
+def test_disk_full_in_the_middle_of_a_segment(tmp_path, monkeypatch, room):
+    x = unit(120)
+    index = Index.build(tmp_path / "i", x)
+    before = {entry.name: entry.read_bytes() for entry in (tmp_path / "i").iterdir()}
+    written = []
+
+    class SmallDisk(io.FileIO):
+        def write(self, data):
+            if sum(written) + len(data) > room:
+                super().write(data[: room - sum(written)])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written.append(super().write(data))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("leafkern.segment.open", SmallDisk, raising=False)
+        for path, work in (("i", lambda: index.add(x)), ("new", lambda: Index.build(tmp_path / "new", x))):
+            written.clear()
+            with pytest.raises(OSError, match="No space left"):
+                work()
+            assert sum(written) <= room
+            assert (tmp_path / path).exists() == (path == "i")
+    assert {entry.name: entry.read_bytes() for entry in (tmp_path / "i").iterdir()} == before
+    index.add(x[:3])
+    Index.open(tmp_path / "i").verify()
+    assert len(index) == 123
+
+
 WRITER = """
 import sys, numpy as np
 from leafkern import Index
@@ -447,7 +478,7 @@ def test_manifest_paths_are_confined(tmp_path):
 
 
 def test_opening_does_not_read_the_data(tmp_path):
-    """A segment of 10 GB, sparse on disk: opening and one search in it would take seconds if it were read."""
+    """A segment of 10 GB, sparse on disk: opening it and one id would take seconds if it were read."""
     path = tmp_path / "i"
     index = Index.build(path, unit(120, 1000), precision="int8", rescore=None)
     file, manifest = segment_of(path), json.loads((path / "manifest.json").read_text())
@@ -469,7 +500,9 @@ def test_opening_does_not_read_the_data(tmp_path):
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        assert len(Index.open(path)) == rows
+        index = Index.open(path)
+        assert len(index) == rows
+        assert index.ids_at(np.array([rows - 1])) == [0]
         times.append(time.perf_counter() - start)
     assert size > 10e9
     assert min(times) < 0.05
