@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from leafkern.errors import DamagedFileError, InputError
@@ -187,4 +187,5 @@ def remove_leftovers(folder: str | os.PathLike, keep: Callable[[str], bool] = la
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
-            entry.unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows keeps a file that is still open
+                entry.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ from leafkern.ops import Quantized, quantize, search
 from leafkern.ops.quantization import code_width
 from leafkern.segment import Column
 from leafkern.textio import check_finite, is_unicode
-from leafkern.vectors import Rows, id_array, matrix
+from leafkern.vectors import Rows, float32, id_array, matrix
 
 __all__ = ["PRECISIONS", "RESCORE_PRECISIONS", "ClippedWarning", "Index"]
 
@@ -237,8 +237,9 @@ class Index:
         self.require(width=queries.shape[1])
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise InputError(f"k: expected an int >= 1, got {k!r}")
+        queries = float32(queries)
         check_finite("queries", queries)
-        queries = torch.from_numpy(np.array(queries, dtype=np.float32))
+        queries = torch.from_numpy(queries)
         found, start = [], 0
         for tensors, entry in zip(self._tensors, self._manifest["segments"]):
             levels = {level: self._quantized(tensors, level) for level in self._levels()}

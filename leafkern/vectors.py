@@ -30,7 +30,7 @@ def matrix(name: str, x: object) -> np.ndarray:
     return x
 
 
-def _float32(x: np.ndarray) -> np.ndarray:
+def float32(x: np.ndarray) -> np.ndarray:
     """A copy; what is too large becomes infinity, which `check_finite` names."""
     with np.errstate(over="ignore"):
         return np.array(x, dtype=np.float32)
@@ -73,7 +73,7 @@ class Rows:
             width = block.shape[1] if width is None else width
             if block.shape[1] != width:
                 raise InputError(f"vectors: a block of width {block.shape[1]}; expected {width}")
-            block = _float32(block)
+            block = float32(block)
             check_finite("vectors", block, count)
             self._file.write(np.ascontiguousarray(block))
             count += len(block)
@@ -88,7 +88,7 @@ class Rows:
         """Consecutive rows, float32."""
         step = max(1, _BLOCK_VALUES // self.width)
         for start in range(0, self.count, step):
-            yield torch.from_numpy(_float32(self._values[start : start + step]))
+            yield torch.from_numpy(float32(self._values[start : start + step]))
 
     def check_finite(self) -> None:
         """Refuses NaN and infinity, also where float32 makes it of a larger type's number."""
@@ -102,7 +102,7 @@ class Rows:
         if self._given is not None:
             return self._given
         if self.count < CALIBRATION_ROWS:
-            return default_ranges(torch.from_numpy(_float32(self._values)), precision, "vectors")
+            return default_ranges(torch.from_numpy(float32(self._values)), precision, "vectors")
         low = torch.full((self.width,), float("inf"))
         high = -low
         for block in self.blocks():

@@ -206,6 +206,7 @@ def test_refusals(tmp_path):
     refused("vectors: row 77 holds NaN or infinity", Index.build, tmp_path / "i", bad)
     refused("vectors: row 77", index.add, bad)
     refused("queries: row 77", index.search, bad, 3)
+    refused("queries: row 1 holds", index.search, np.array([[0.0], [1e39]]) * np.ones(24), 3)
     refused("width: .* built with width 24, not 23", index.add, x[:, :23])
     refused("width: .* built with width 24, not 23", index.search, x[:, :23], 3)
     refused("width", Index.open, tmp_path / "i", width=12)
