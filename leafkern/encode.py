@@ -17,6 +17,7 @@ from leafkern.files import atomic_folder
 from leafkern.nn import Dense, PackedBatch, PackedEncoder, SentenceModel, pack
 from leafkern.ops._core.normalize import normalize_rows
 from leafkern.pretrained import load_backbone, load_tokenizer, locate, read_layout, write_layout
+from leafkern.textio import is_unicode
 
 COMPUTE = ("float32", "bfloat16", "float16", "int8")
 OUTPUTS = ("numpy", "torch", "quantized")
@@ -247,7 +248,7 @@ class Encoder:
             try:
                 encodings = self.tokenizer.encode_batch_fast(block)
             except TypeError:
-                row = start + next(row for row, text in enumerate(block) if not _encodable(text))
+                row = start + next(row for row, text in enumerate(block) if not is_unicode(text))
                 raise InputError(f"texts: row {row} holds a lone surrogate, which is no valid Unicode text") from None
             token_ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
             cut += sum(1 for encoding in encodings if len(encoding) == self.max_length and encoding.overflowing)
@@ -371,14 +372,6 @@ class Encoder:
                 default_prompt=self.default_prompt,
                 aligned_with=self.aligned_with,
             )
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype:

@@ -4,20 +4,29 @@ Temporary name in the same folder -> write -> fsync -> rename -> fsync of the fo
 `on_step`, so that tests can crash at each of them.
 """
 
+import ctypes
+import errno
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from leafkern.errors import DamagedFileError
+from leafkern.errors import DamagedFileError, InputError
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None
 
 TEMPORARY = ".leafkern-tmp-"
-# Reading the umask means setting it: once, at import, before there are threads.
+# Reading the umask means setting it for a moment, which other threads would notice: hence only once, at import.
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def on_step(step: str, path: Path) -> None:
@@ -29,10 +38,11 @@ def _step(step: str, path: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Makes the file durable, and readable by whom the umask lets (safetensors writes for the owner alone)."""
+    """Makes a file durable, and readable by whom the umask at import lets (safetensors asks for the owner alone)."""
     _step("fsync", path)
     path.chmod(0o666 & ~_UMASK)
-    handle = os.open(path, os.O_RDONLY)
+    # Windows syncs only what is open for writing.
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -49,6 +59,46 @@ def fsync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Makes `path` and what is missing above it, durably."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        fsync_folder(folder.parent)
+
+
+@contextmanager
+def writing(folder: str | os.PathLike) -> Iterator[None]:
+    """Holds the writers' lock of `folder`; InputError while somebody else holds it.
+
+    It ends with the process that holds it. Without effect where the system, or this file system, has no such locks.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process is writing it; try again later") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(handle)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two existing paths in one step; False where the system or the file system can't, or one is missing."""
+    try:
+        swap = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # no such call; Windows has no CDLL(None)
+        return False
+    return swap(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
 @contextmanager
@@ -71,25 +121,29 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` on success; a folder that stood there is replaced.
 
-    Between moving the old folder aside and the new one in, a crash leaves the old one under a temporary name:
-    whoever needs more than that keeps a pointer file written with `atomic_file`.
+    Linux swaps the two in one step. Elsewhere, or on a file system without this, the old one is moved aside first: a
+    kill between the two renames leaves it under a temporary name, and nothing at `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"
     aside = path.parent / f"{TEMPORARY}{path.name}-old-{uuid.uuid4().hex[:8]}"
     try:
         _step("write", temporary)
         temporary.mkdir()
         yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                fsync_file(file)
+        for entry in sorted(temporary.rglob("*")):
+            if entry.is_file():
+                fsync_file(entry)
+            elif entry.is_dir():
+                fsync_folder(entry)
         fsync_folder(temporary)
         _step("rename", path)
-        if path.exists():
-            os.replace(path, aside)
-        os.replace(temporary, path)
+        if not _exchange(temporary, path):
+            if path.exists():
+                os.replace(path, aside)
+                _step("rename", path)
+            os.replace(temporary, path)
         fsync_folder(path.parent)
     except BaseException:
         if aside.exists() and not path.exists():
@@ -133,4 +187,5 @@ def remove_leftovers(folder: str | os.PathLike, keep: Callable[[str], bool] = la
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
-            entry.unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows keeps a file that is still open
+                entry.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from leafkern import segment as segments
 from leafkern.errors import DamagedFileError, InputError
-from leafkern.files import confined, remove_leftovers, write_json
+from leafkern.files import confined, make_folder, remove_leftovers, write_json, writing
 from leafkern.manifest import (
     FORMAT,
     MANIFEST,
@@ -35,8 +36,8 @@ from leafkern.manifest import (
 from leafkern.ops import Quantized, quantize, search
 from leafkern.ops.quantization import code_width
 from leafkern.segment import Column
-from leafkern.textio import check_finite
-from leafkern.vectors import Rows, id_array, matrix
+from leafkern.textio import check_finite, is_unicode
+from leafkern.vectors import Rows, float32, id_array, matrix
 
 __all__ = ["PRECISIONS", "RESCORE_PRECISIONS", "ClippedWarning", "Index"]
 
@@ -94,19 +95,23 @@ class Index:
         prompt: str | None = None,
         texts: Sequence[str] | None = None,
         width: int | None = None,
+        ranges: object = None,
     ) -> "Index":
         """Makes an index at `path`, in place of one that is there.
 
         vectors: numpy or torch (N, D), or an iterable of such blocks (which are kept on disk meanwhile); N may be 0.
         ids: N different int64 or strings; None numbers the rows from 0. texts: N strings that `text_of` gives back.
         precision: of the codes scanned; rescore: of the codes that the best candidates are scored with again, finer, or
-        None. An index of float32 or float16 needs no rescoring and gets none. Ranges of int8 and int4 are taken from
-        these vectors as `quantize` does, and frozen; an empty index takes them from what is first added.
+        None. An index of float32 or float16 needs none: there "float16", the default, means None.
+        ranges: numpy or torch (2, D) for the int8 and int4 codes, as `calibrate` gives them; values outside are
+        clipped. None takes them from these vectors as `quantize` does. They are frozen; an empty index takes them from
+        what is first added.
         encoder (an `Encoder` or its fingerprint), prompt: what made the vectors; kept, and compared by `require`.
         width: D, needed only where `vectors` is an iterable without blocks.
 
-        Errors (InputError): NaN or infinity (row named), duplicate or unfit ids, unknown precision, a folder that holds
-        something else.
+        Errors (InputError): NaN, infinity or values too large for float16 (row named), fewer than 100 vectors that are
+        not unit-norm and no ranges for their int8 or int4 codes, ranges where nothing takes them, duplicate or unfit
+        ids, unknown precision, a folder that holds something else, another process that is writing it.
         """
         path = Path(path)
         manifest = {
@@ -131,20 +136,22 @@ class Index:
         foreign = [entry.name for entry in path.iterdir() if not is_part(entry.name)] if existed else []
         if foreign:
             raise InputError(f"{path}: holds {foreign[0]!r}, which is not part of an index; choose another folder")
-        path.mkdir(parents=True, exist_ok=True)
         index = cls.__new__(cls)
         index.path = path
         index._manifest, index._tensors, index._files = manifest, [], []
         try:
-            with Rows(vectors, path, width) as rows:
+            make_folder(path)
+            with Rows(vectors, path, width, ranges) as rows:
                 manifest["width"] = rows.width
                 index._check_new(rows, texts)
+                index._check_ranges(rows, ranges)
                 index._replace(None, rows, index._new_ids(rows.count, ids), texts)
         except BaseException:
-            if not existed:
-                remove_leftovers(path)
-                if not any(path.iterdir()):
-                    path.rmdir()
+            if not existed and path.is_dir():
+                with suppress(InputError), writing(path):  # not while another process builds there
+                    remove_leftovers(path)
+                    if not any(path.iterdir()):
+                        path.rmdir()
             raise
         return index
 
@@ -230,8 +237,9 @@ class Index:
         self.require(width=queries.shape[1])
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise InputError(f"k: expected an int >= 1, got {k!r}")
+        queries = float32(queries)
         check_finite("queries", queries)
-        queries = torch.from_numpy(np.array(queries, dtype=np.float32))
+        queries = torch.from_numpy(queries)
         found, start = [], 0
         for tensors, entry in zip(self._tensors, self._manifest["segments"]):
             levels = {level: self._quantized(tensors, level) for level in self._levels()}
@@ -397,10 +405,20 @@ class Index:
             raise InputError("texts: the index was built without texts; build it anew to keep them")
         if texts is not None and len(texts) != rows.count:
             raise InputError(f"texts: {len(texts)} for {rows.count} vectors; expected one each")
-        for row, text in enumerate(texts or ()):
+        for row, text in enumerate(() if texts is None else texts):
             if not isinstance(text, str):
                 raise InputError(f"texts: row {row} is {type(text).__name__}, not str")
+            if not is_unicode(text):
+                raise InputError(f"texts: row {row} holds a lone surrogate, which is no valid Unicode text")
         rows.check_finite()
+
+    def _check_ranges(self, rows: Rows, ranges: object) -> None:
+        if ranges is None:
+            return
+        if not {"int8", "int4"} & set(self._levels().values()):
+            raise InputError(f"ranges: an index of {self.precision} has no int8 or int4 codes; leave them out")
+        if rows.count == 0:
+            raise InputError("ranges: an empty index takes them from the vectors first added; leave them out")
 
     def _new_ids(self, count: int, ids: object) -> pa.Array:
         """The ids of `count` new rows, checked; sets what the manifest says of ids."""
@@ -429,6 +447,10 @@ class Index:
         self, keep: np.ndarray | None, new: Rows | None, new_ids: pa.Array | None, new_texts: Sequence[str] | None
     ) -> None:
         """Writes old rows (those of `keep`, or all) and new ones as one segment, then replaces the manifest."""
+        with writing(self.path):
+            self._replace_alone(keep, new, new_ids, new_texts)
+
+    def _replace_alone(self, keep, new, new_ids, new_texts) -> None:
         if (self.path / MANIFEST).exists() and self._manifest["revision"]:
             if read_manifest(self.path)["revision"] != self._manifest["revision"]:
                 raise InputError(f"{self.path}: changed on disk since it was opened; open it again")
@@ -456,7 +478,7 @@ class Index:
             write_json(self.path / MANIFEST, manifest)
         except BaseException:
             on_disk = self.path / MANIFEST
-            if path is not None and not (on_disk.exists() and name in on_disk.read_text(encoding="utf-8")):
+            if path is not None and not (on_disk.exists() and name.encode() in on_disk.read_bytes()):
                 path.unlink(missing_ok=True)
             raise
         self._load()

@@ -80,6 +80,15 @@ def iter_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
             raise InputError(f"{name}:{number + 1}: not readable as gzip ({error})") from None
 
 
+def is_unicode(text: str) -> bool:
+    """Whether `text` can be written as UTF-8: it holds no lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def existing(path: str | os.PathLike) -> Path:
     """`path`, if it is a file."""
     path = Path(path)
@@ -149,13 +158,15 @@ def iter_objects(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
 
 
 def field_of(where: str, value: dict, field: str, types: tuple[type, ...] = (str,)) -> object:
-    """`value[field]`, refused with `where` (file:line) when it is missing or of another type."""
+    """`value[field]`, refused with `where` (file:line) when it is missing, of another type or no valid Unicode."""
     if field not in value:
         has = ", ".join(map(repr, value)) or "no field"
         raise InputError(f"{where}: no field {field!r}; this line has {has}")
     if not isinstance(value[field], types) or isinstance(value[field], bool):
         expected = " or ".join(t.__name__ for t in types)
         raise InputError(f"{where}: field {field!r} must be {expected}, got {type(value[field]).__name__}")
+    if isinstance(value[field], str) and not is_unicode(value[field]):
+        raise InputError(f"{where}: field {field!r} holds a lone surrogate, which is no valid Unicode text")
     return value[field]
 
 
@@ -166,14 +177,24 @@ def _jsonl_pairs(path, field: str, id_field: str | None) -> Iterator[tuple[str |
         yield identity, field_of(where, value, field)
 
 
-def _parquet(path: str | os.PathLike):
+@contextmanager
+def _reading_parquet(path: str | os.PathLike) -> Iterator[None]:
+    """Makes Arrow's errors about what the file holds InputErrors; those of the system and of memory pass."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+            raise
+        raise InputError(f"{path}: not a readable parquet file ({(str(error).splitlines() or [''])[0]})") from None
+
+
+def _parquet(path: str | os.PathLike):
+    import pyarrow.parquet as pq
+
+    with _reading_parquet(path):
         return pq.ParquetFile(existing(path), memory_map=True)
-    except pa.ArrowException as error:
-        raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
 
 
 def _column(path, file, name: str) -> None:
@@ -187,8 +208,13 @@ def _parquet_pairs(path, field: str, id_field: str | None, rows: int) -> Iterato
     for name in columns:
         _column(path, file, name)
     row = 0
-    for batch in file.iter_batches(batch_size=rows, columns=columns):
-        values = {name: batch.column(name).to_pylist() for name in columns}
+    batches = file.iter_batches(batch_size=rows, columns=columns)
+    while True:
+        with _reading_parquet(path):
+            batch = next(batches, None)
+            if batch is None:
+                return
+            values = {name: batch.column(name).to_pylist() for name in columns}
         for number, text in enumerate(values[field]):
             identity = None if id_field is None else values[id_field][number]
             if not isinstance(text, str):
@@ -205,7 +231,8 @@ def read_column(path: str | os.PathLike, name: str) -> list[str | int]:
     """One column of a .parquet file, of strings or integers (ids beside vectors)."""
     file = _parquet(path)
     _column(path, file, name)
-    values = file.read(columns=[name]).column(name).to_pylist()
+    with _reading_parquet(path):
+        values = file.read(columns=[name]).column(name).to_pylist()
     for row, value in enumerate(values):
         if not isinstance(value, (str, int)):
             raise InputError(f"{path}: row {row}: column {name!r} must be str or int, got {type(value).__name__}")
@@ -265,9 +292,16 @@ def _safetensors_matrix(path) -> np.ndarray:
 
 
 def _parquet_vectors(path) -> Vectors:
+    import pyarrow as pa
+
     file = _parquet(path)
     _column(path, file, "vector")
-    table = file.read(columns=[name for name in ("text", "vector") if name in file.schema_arrow.names])
+    kind = file.schema_arrow.field("vector").type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise InputError(f"{path}: column 'vector' must hold lists of floats, got {kind}")
+    with _reading_parquet(path):
+        table = file.read(columns=[name for name in ("text", "vector") if name in file.schema_arrow.names])
+        texts = table.column("text").to_pylist() if "text" in table.column_names else None
     column = table.column("vector").combine_chunks()
     lengths = np.asarray(column.value_lengths().fill_null(-1)) if len(column) else np.zeros(0, np.int64)
     bad = np.flatnonzero(lengths != lengths[0]) if len(lengths) else []
@@ -279,7 +313,7 @@ def _parquet_vectors(path) -> Vectors:
         row = int(np.flatnonzero(np.asarray(flat.is_null()))[0]) // int(lengths[0])
         raise InputError(f"{path}: row {row} holds a null; expected numbers")
     vectors = flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)
-    return Vectors(table.column("text").to_pylist() if "text" in table.column_names else None, vectors)
+    return Vectors(texts, vectors)
 
 
 @contextmanager

@@ -10,8 +10,9 @@ import pyarrow as pa
 import torch
 
 from leafkern.errors import InputError
+from leafkern.files import TEMPORARY
 from leafkern.ops import quantize
-from leafkern.ops.quantization import CALIBRATION_ROWS, default_ranges
+from leafkern.ops.quantization import CALIBRATION_ROWS, check_fits, default_ranges
 from leafkern.textio import check_finite
 
 _BLOCK_VALUES = 1 << 22
@@ -29,18 +30,25 @@ def matrix(name: str, x: object) -> np.ndarray:
     return x
 
 
+def float32(x: np.ndarray) -> np.ndarray:
+    """A copy; what is too large becomes infinity, which `check_finite` names."""
+    with np.errstate(over="ignore"):
+        return np.array(x, dtype=np.float32)
+
+
 class Rows:
     """`count` vectors of `width`, from a matrix or from an iterable of matrices (kept in a file meanwhile).
 
-    A context manager; `blocks` may be called repeatedly.
+    A context manager; `blocks` may be called repeatedly. `given`: (2, D) that `ranges` returns, or None.
     """
 
-    def __init__(self, vectors: object, folder: Path, width: int | None):
+    def __init__(self, vectors: object, folder: Path, width: int | None, given: object = None):
         self._file = None
+        self._given = None if given is None else torch.as_tensor(given).detach().cpu().float()
         if isinstance(vectors, np.ndarray | torch.Tensor):
             self._values = matrix("vectors", vectors)
         elif isinstance(vectors, Iterable):
-            self._file = tempfile.TemporaryFile(dir=folder)
+            self._file = tempfile.TemporaryFile(prefix=TEMPORARY, dir=folder)
             try:
                 self._values = self._spooled(vectors, width)
             except BaseException:
@@ -65,8 +73,9 @@ class Rows:
             width = block.shape[1] if width is None else width
             if block.shape[1] != width:
                 raise InputError(f"vectors: a block of width {block.shape[1]}; expected {width}")
+            block = float32(block)
             check_finite("vectors", block, count)
-            self._file.write(np.ascontiguousarray(block, dtype=np.float32))
+            self._file.write(np.ascontiguousarray(block))
             count += len(block)
         if width is None:
             raise InputError("width: needed for an index of no vectors at all")
@@ -79,15 +88,21 @@ class Rows:
         """Consecutive rows, float32."""
         step = max(1, _BLOCK_VALUES // self.width)
         for start in range(0, self.count, step):
-            yield torch.from_numpy(np.array(self._values[start : start + step], dtype=np.float32))
+            yield torch.from_numpy(float32(self._values[start : start + step]))
 
     def check_finite(self) -> None:
-        check_finite("vectors", self._values)
+        """Refuses NaN and infinity, also where float32 makes it of a larger type's number."""
+        start = 0
+        for block in self.blocks():
+            check_finite("vectors", block.numpy(), start)
+            start += len(block)
 
     def ranges(self, precision: str) -> torch.Tensor:
-        """The ranges that `quantize` takes for these vectors when it is given none: float32 (2, D)."""
+        """Those given, else those that `quantize` takes for these vectors by itself: float32 (2, D)."""
+        if self._given is not None:
+            return self._given
         if self.count < CALIBRATION_ROWS:
-            return default_ranges(torch.from_numpy(np.array(self._values, dtype=np.float32)), precision)
+            return default_ranges(torch.from_numpy(float32(self._values)), precision, "vectors")
         low = torch.full((self.width,), float("inf"))
         high = -low
         for block in self.blocks():
@@ -100,8 +115,12 @@ class Rows:
 
     def codes(self, precision: str, ranges: torch.Tensor | None) -> Iterator[np.ndarray]:
         """The codes of `blocks`."""
+        start = 0
         for block in self.blocks():
+            if precision == "float16":  # as `quantize`, but with the row's number among all
+                check_fits("vectors", block.half(), precision, start)
             yield quantize(block, precision, ranges=ranges).codes.numpy()
+            start += len(block)
 
 
 def id_array(ids: object) -> pa.Array:

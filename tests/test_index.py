@@ -1,6 +1,9 @@
 """The index on disk: exact against the operation, whole after a crash at any step, strict about its files."""
 
+import errno
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +17,7 @@ import torch
 from leafkern import Index, files
 from leafkern.errors import DamagedFileError, InputError
 from leafkern.index import PRECISIONS, ClippedWarning
-from leafkern.ops import quantize, search
+from leafkern.ops import calibrate, quantize, search
 from leafkern.textio import safetensors_header
 
 pytestmark = pytest.mark.filterwarnings("ignore::leafkern.ops._core.backend.FallbackWarning")
@@ -80,6 +83,45 @@ def test_blocks_give_the_same_file_content(tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
+def test_too_large_values_are_named_among_all_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("leafkern.vectors._BLOCK_VALUES", 240)
+    x = unit(230).astype(np.float64)
+    for value, message in ((1e5, "vectors: row 157 does not fit float16"), (1e39, "vectors: row 157 holds NaN or inf")):
+        x[157, 3] = value
+        for given in (x, iter(np.split(x, 23))):
+            with pytest.raises(InputError, match=message):
+                Index.build(tmp_path / "i", given)
+            assert not (tmp_path / "i").exists()
+    x[157, 3] = 6e4
+    index = Index.build(tmp_path / "i", x)
+    x[157, 3] = 1e5
+    with pytest.raises(InputError, match="row 157 does not fit float16"):
+        index.add(x)
+    assert len(Index.open(tmp_path / "i")) == 230
+    assert len(list((tmp_path / "i").iterdir())) == 2
+
+
+def test_ranges_given(tmp_path):
+    x = unit(300) * 5
+    ranges = calibrate(torch.from_numpy(x), "int8")
+    with pytest.raises(InputError, match=r"vectors: row 0 has norm 5 .* give ranges=calibrate"):
+        Index.build(tmp_path / "i", x[:9])
+    for given in (ranges, ranges.numpy().astype(np.float64)):
+        index = Index.build(tmp_path / "i", x[:9], ranges=given)
+        expected = quantize(torch.from_numpy(x[:9]), "int8", ranges=ranges)
+        assert torch.equal(index._tensors[0]["codes"], expected.codes)
+    index.add(x[9:])
+    assert torch.equal(Index.open(tmp_path / "i")._tensors[0]["codes_ranges"], ranges)
+    for options, message in (
+        ({"ranges": ranges[:, :3]}, r"ranges: expected shape \(2, 24\)"),
+        ({"ranges": ranges, "precision": "binary"}, "ranges: an index of binary has no int8 or int4 codes"),
+        ({"ranges": ranges, "vectors": x[:0]}, "ranges: an empty index"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Index.build(tmp_path / "j", **{"vectors": x, **options})
+    assert not (tmp_path / "j").exists()
+
+
 def test_ids_texts_and_order(tmp_path):
     x = unit(5)
     x[3] = x[1]
@@ -89,6 +131,9 @@ def test_ids_texts_and_order(tmp_path):
     scores, ids = index.search(x[1:2], 9)
     assert scores.shape == ids.shape == (1, 5)
     assert list(ids[0, :2]) == ["", "d"]  # equal scores: the lower insertion number first
+    for array in (np.array(texts), np.array(texts, object)):
+        other = Index.build(tmp_path / "array", x, texts=array)
+        assert list(other.texts_at(np.arange(5))) == texts
     _, rows = index.search_rows(x[1:2], 2)
     assert list(index.texts_at(rows)[0]) == ["zwei ✓", "four"]
     index.add(unit(1), ids=["f"], texts=["six"])
@@ -161,6 +206,7 @@ def test_refusals(tmp_path):
     refused("vectors: row 77 holds NaN or infinity", Index.build, tmp_path / "i", bad)
     refused("vectors: row 77", index.add, bad)
     refused("queries: row 77", index.search, bad, 3)
+    refused("queries: row 1 holds", index.search, np.array([[0.0], [1e39]]) * np.ones(24), 3)
     refused("width: .* built with width 24, not 23", index.add, x[:, :23])
     refused("width: .* built with width 24, not 23", index.search, x[:, :23], 3)
     refused("width", Index.open, tmp_path / "i", width=12)
@@ -172,6 +218,9 @@ def test_refusals(tmp_path):
     refused("ids: 999 is not in the index", index.remove, [3, 999])
     refused("'a' is not in the index", index.remove, ["a"])
     refused("texts: row 1 is int, not str", Index.build, tmp_path / "j", x[:2], texts=["a", 3])
+    refused("texts: row 1 holds a lone surrogate", Index.build, tmp_path / "j", x[:2], texts=["a", "b\ud800"])
+    refused("texts: row 0 is list, not str", Index.build, tmp_path / "j", x[:1], texts=np.array([["a"]]).tolist())
+    refused("texts: 1 for 2 vectors", Index.build, tmp_path / "j", x[:2], texts=np.array(["a"]))
     refused("built without texts", index.add, x[:1], texts=["a"])
     refused("k: expected an int >= 1, got 0", index.search, x, 0)
     assert not (tmp_path / "j").exists()
@@ -204,6 +253,26 @@ def test_a_stale_handle_does_not_undo_another_writer(tmp_path):
     with pytest.raises(InputError, match="changed on disk since it was opened"):
         second.remove([0])
     assert len(Index.open(tmp_path / "i")) == 122
+
+
+def test_one_writer_at_a_time(tmp_path, monkeypatch):
+    x = unit(120)
+    first = Index.build(tmp_path / "i", x)
+    second, refusals = Index.open(tmp_path / "i"), []
+
+    def meanwhile(step, where):
+        for write in (lambda: second.add(x[:1]), lambda: second.remove([0]), lambda: Index.build(second.path, x[:7])):
+            with pytest.raises(InputError, match="another process is writing it; try again later"):
+                write()
+            refusals.append(step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "on_step", meanwhile)
+        first.add(x[:2])
+    assert len(refusals) == 3 * 8
+    assert len(Index.open(tmp_path / "i")) == 122
+    Index.open(tmp_path / "i").verify()
+    assert Index.open(tmp_path / "i").add(x[:1]) == 0  # the lock is gone
 
 
 OPERATIONS = {
@@ -270,9 +339,37 @@ def test_crash_of_a_first_build(tmp_path, monkeypatch):
             else:
                 assert not path.exists()
         else:
-            assert crash_at == len(steps) == 8
+            assert crash_at == len(steps) == 9
             return
     raise AssertionError("the build never ended")
+
+
+@pytest.mark.parametrize("room", [0, 100, 3_000, 9_000])
+def test_disk_full_in_the_middle_of_a_segment(tmp_path, monkeypatch, room):
+    x = unit(120)
+    index = Index.build(tmp_path / "i", x)
+    before = {entry.name: entry.read_bytes() for entry in (tmp_path / "i").iterdir()}
+    written = []
+
+    class SmallDisk(io.FileIO):
+        def write(self, data):
+            if sum(written) + len(data) > room:
+                super().write(data[: room - sum(written)])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written.append(super().write(data))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("leafkern.segment.open", SmallDisk, raising=False)
+        for path, work in (("i", lambda: index.add(x)), ("new", lambda: Index.build(tmp_path / "new", x))):
+            written.clear()
+            with pytest.raises(OSError, match="No space left"):
+                work()
+            assert sum(written) <= room
+            assert (tmp_path / path).exists() == (path == "i")
+    assert {entry.name: entry.read_bytes() for entry in (tmp_path / "i").iterdir()} == before
+    index.add(x[:3])
+    Index.open(tmp_path / "i").verify()
+    assert len(index) == 123
 
 
 WRITER = """
@@ -330,7 +427,8 @@ def test_damaged_files(tmp_path):
     path, file = fresh("foreign")
     _, other = fresh("other")
     file.write_bytes(other.read_bytes())
-    damaged(path, rf"{file.name}: .*not a segment of this index|truncated")
+    assert file.stat().st_size == other.stat().st_size
+    damaged(path, rf"{file.name}: not a segment of this index \(index: ")
     path, file = fresh("bit")
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
@@ -381,7 +479,7 @@ def test_manifest_paths_are_confined(tmp_path):
 
 
 def test_opening_does_not_read_the_data(tmp_path):
-    """A segment of 10 GB, sparse on disk: opening and one search in it would take seconds if it were read."""
+    """A segment of 10 GB, sparse on disk: opening it and one id would take seconds if it were read."""
     path = tmp_path / "i"
     index = Index.build(path, unit(120, 1000), precision="int8", rescore=None)
     file, manifest = segment_of(path), json.loads((path / "manifest.json").read_text())
@@ -403,7 +501,9 @@ def test_opening_does_not_read_the_data(tmp_path):
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        assert len(Index.open(path)) == rows
+        index = Index.open(path)
+        assert len(index) == rows
+        assert index.ids_at(np.array([rows - 1])) == [0]
         times.append(time.perf_counter() - start)
     assert size > 10e9
     assert min(times) < 0.05

@@ -1,5 +1,6 @@
 """Texts and vectors from and to files: round trips, and every kind of bad file refused by name and line."""
 
+import errno
 import gzip
 import io
 import sys
@@ -62,6 +63,7 @@ def test_blocks_cover_the_file_in_order(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"a\.jsonl:2: no field 'text'; this line has 'body'"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 5}\n', r"a\.jsonl:2: field 'text' must be str, got int"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}\n', r"a\.jsonl:2: field 'text' holds a lone surrogate"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1: expected a JSON object"),
         ("a.csv", b"x", r"unknown text format '\.csv'; expected one of \.txt"),
         ("a.parquet", b"PAR1 no", r"a\.parquet: not a readable parquet file"),
@@ -171,7 +173,37 @@ def test_bad_vectors(tmp_path):
     refused("ragged.parquet", "row 1: a vector of length 1; expected 2")
     pq.write_table(pa.table({"vector": [[1.0, 2.0], [1.0, None]]}), tmp_path / "null.parquet")
     refused("null.parquet", "row 1 holds a null")
+    for values in ([1.0, 2.0], ["a", "b"], [{"x": 1.0}] * 2):
+        pq.write_table(pa.table({"vector": values}), tmp_path / "scalar.parquet")
+        refused("scalar.parquet", r"scalar\.parquet: column 'vector' must hold lists of floats, got")
     refused("a.bin", "unknown vector format")
+
+
+def test_damaged_parquet_pages(tmp_path):
+    path = tmp_path / "a.parquet"
+    texts = [f"a text of its own, number {row}" for row in range(5000)]
+    vectors = np.random.default_rng().normal(size=(5000, 4)).tolist()
+    pq.write_table(pa.table({"text": texts, "vector": vectors}), path)
+    content = bytearray(path.read_bytes())
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    content[4:footer] = b"\xff" * (footer - 4)
+    path.write_bytes(content)
+    for read in (textio.read_texts, textio.read_vectors, lambda path: textio.read_column(path, "text")):
+        with pytest.raises(InputError, match=r"a\.parquet: not a readable parquet file \(.+\)"):
+            read(path)
+
+
+def test_errors_of_the_system_pass(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"], "vector": [[1.0]]}), path)
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    for method, read in (("iter_batches", textio.read_texts), ("read", textio.read_vectors)):
+        monkeypatch.setattr(pq.ParquetFile, method, full)
+        with pytest.raises(OSError, match="no space left"):
+            read(path)
 
 
 def test_a_crash_leaves_the_previous_file(tmp_path, monkeypatch):

@@ -152,6 +152,12 @@ def test_unit_ranges():
         (lambda: quantize(torch.ones(1, 3), "int8", ranges=torch.ones(2, 4)), r"ranges: expected shape \(2, 3\)"),
         (lambda: quantize(torch.ones(1, 2), "int8", ranges=torch.tensor([[0.0, 1], [1, 0]])), r"dimension 1 runs from"),
         (lambda: quantize(torch.tensor([[1.0], [float("nan")]]), "binary"), r"x: row 1 holds NaN or infinity"),
+        (lambda: quantize(torch.tensor([[65504.0], [1e5]]), "float16"), r"x: row 1 does not fit float16"),
+        (
+            lambda: quantize(torch.tensor([[1.0], [1e39]], dtype=torch.float64), "float32"),
+            r"row 1 does not fit float32",
+        ),
+        (lambda: quantize(torch.tensor([[1e300]], dtype=torch.float64), "fp8"), r"x: row 0 does not fit fp8"),
         (lambda: calibrate(torch.ones(1, 3), "int8"), r"at least 2 rows"),
         (lambda: calibrate(torch.ones(3, 3), "binary"), r"precision: unknown name 'binary'"),
         (lambda: calibrate(torch.ones(3, 3), "int8", method="minmx"), r"did you mean 'minmax'"),

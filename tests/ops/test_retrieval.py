@@ -381,6 +381,7 @@ def test_rescore_ties_by_lower_id_and_only_candidates_are_read():
 
 
 BASE = quantize(unit(20, 8), "int8")
+LARGE = quantize(torch.tensor([[-1e5], [1e5]]), "int8", ranges=torch.tensor([[-1e5], [1e5]]))
 Q = unit(2, 8)
 NAN = torch.stack([torch.ones(8), torch.full((8,), float("nan"))])
 
@@ -393,6 +394,12 @@ NAN = torch.stack([torch.ones(8), torch.full((8,), float("nan"))])
         (lambda: search(Q, BASE, 2.0), r"k: expected an int"),
         (lambda: search(Q, BASE, 1, oversample=0), r"oversample: expected an int >= 1, got 0"),
         (lambda: search(NAN, BASE, 1), r"queries: row 1 holds NaN or infinity"),
+        (lambda: search(torch.tensor([[1.0] * 8, [1e39] * 8]).double() * 10, BASE, 1), r"queries: row 1 holds"),
+        (lambda: search(torch.tensor([[1.0], [3e38]]), LARGE, 1), r"queries: row 1 is too large: its products"),
+        (
+            lambda: search(torch.full((1, 8), 3e38), quantize(torch.ones(1, 8), "binary"), 1, query_bits=8),
+            r"row 0 .*: its scores",
+        ),
         (lambda: search(Q, NAN, 1), r"base: row 1 holds NaN or infinity"),
         (lambda: search(Q, quantize(NAN[:1], "float16"), 1, rescore=NAN[1:]), r"rescore: row 0 holds NaN"),
         (lambda: search(Q[0], BASE, 1), r"queries: expected 2 dimensions"),
@@ -442,6 +449,28 @@ def test_large_k_falls_back_with_a_warning():
         scores, ids = search(unit(3, 24), base, 2500)
     assert scores.shape == (3, 2500)
     assert all(len(set(row.tolist())) == 2500 for row in ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": torch.zeros(2, 20)}, "u: expected dtype int8"),
+        ({"u": torch.zeros(20, dtype=torch.int8)}, "u: expected 2 dimensions"),
+        ({"u": torch.zeros(2, 21, dtype=torch.int8)}, r"21 dimensions at 8 bits take 21 columns; got shape \(50, 20\)"),
+        ({"bits": 4}, "take 10 columns"),
+        ({"bits": 1}, "take 3 columns"),
+        ({"bits": 2}, "bits, query_bits"),
+        ({"query_bits": 3}, "bits, query_bits"),
+        ({"codes": torch.zeros(50, 20, dtype=torch.int32)}, "codes: expected dtype int8, uint8"),
+        ({"codes": torch.zeros(1000, dtype=torch.int8)}, "codes: expected 2 dimensions"),
+        ({"k": 0}, "k: expected an int >= 1"),
+    ],
+)
+def test_registered_operation_refuses_what_it_would_misread(change, message):
+    good = {"u": random_queries(2, 20, 8), "codes": random_codes(50, 20, 8), "k": 4, "bits": 8, "query_bits": 8}
+    torch.ops.leafkern.integer_search(*good.values())
+    with pytest.raises(InputError, match=message):
+        torch.ops.leafkern.integer_search(*(good | change).values())
 
 
 def test_registered_operation():

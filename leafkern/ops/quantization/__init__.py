@@ -119,8 +119,8 @@ def calibrate(x: torch.Tensor, precision: str, *, method: str = "minmax") -> tor
     return torch.stack([x.amin(0), x.amax(0)]).float()
 
 
-def default_ranges(x: torch.Tensor, precision: str) -> torch.Tensor:
-    """The ranges that `quantize` takes for x when it is given none."""
+def default_ranges(x: torch.Tensor, precision: str, name: str = "x") -> torch.Tensor:
+    """The ranges that `quantize` takes for x, called `name` in errors, when it is given none."""
     if len(x) >= CALIBRATION_ROWS:
         return torch.stack([x.amin(0), x.amax(0)]).float()
     if values_checked(x):
@@ -128,8 +128,8 @@ def default_ranges(x: torch.Tensor, precision: str) -> torch.Tensor:
         bad = ((norms - 1).abs() > 0.01).nonzero().flatten().tolist()
         if bad:
             raise InputError(
-                f"x: row {bad[0]} has norm {norms[bad[0]]:.4g} and there are fewer than {CALIBRATION_ROWS} rows to "
-                "take ranges from; give ranges=calibrate(more_rows, precision), or unit-norm rows"
+                f"{name}: row {bad[0]} has norm {norms[bad[0]]:.4g} and there are fewer than {CALIBRATION_ROWS} rows "
+                "to take ranges from; give ranges=calibrate(more_rows, precision), or unit-norm rows"
             )
     widening = max(1.0, (256 / x.shape[1]) ** 0.5)
     return reference.unit_ranges(x.shape[1], precision, x.device) * widening
@@ -150,6 +150,18 @@ def _checked_ranges(ranges: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return ranges
 
 
+def check_fits(name: str, values: torch.Tensor, precision: str, first_row: int = 0) -> None:
+    """Names the first row, counted from `first_row`, of which finite vectors became infinite as `values` (N, ...)."""
+    if not values_checked(values) or values.numel() == 0:
+        return
+    bad = ~torch.isfinite(values).flatten(1).all(dim=1)
+    if bad.any():
+        row = first_row + int(bad.nonzero()[0])
+        raise InputError(
+            f"{name}: row {row} does not fit {precision}; scale the vectors down or take a wider precision"
+        )
+
+
 def quantize(x: torch.Tensor, precision: str, *, ranges: torch.Tensor | None = None) -> Quantized:
     """Vectors as codes of `precision`: "float32", "float16", "int8", "int4", "fp8", "binary" or "ubinary".
 
@@ -162,8 +174,9 @@ def quantize(x: torch.Tensor, precision: str, *, ranges: torch.Tensor | None = N
     int4: step = (max - min)/15, rounded to nearest. fp8: per row, scale = max|x|/448.
     binary, ubinary: bit = x > 0. A constant dimension (max = min) gets scale 0 and offset min.
 
-    Errors: `InputError` for NaN or infinity in x (the row is named), ranges that are misshapen, reversed or not
-    needed, and fewer than 100 rows of which one's norm is not 1 +- 0.01 without ranges.
+    Errors: `InputError` for NaN or infinity in x or values too large for the precision (the row is named), ranges
+    that are misshapen, reversed or not needed, and fewer than 100 rows of which one's norm is not 1 +- 0.01 without
+    ranges.
     """
     check_floating("x", x, ndim=2)
     if precision not in PRECISIONS:
@@ -177,8 +190,13 @@ def quantize(x: torch.Tensor, precision: str, *, ranges: torch.Tensor | None = N
     x = x.detach()
     choose("quantization", {"reference": None})
     if needs_ranges:
-        ranges = default_ranges(x, precision) if ranges is None else _checked_ranges(ranges, x)
-    return Quantized(*reference.quantize(x, precision, ranges), precision, x.shape[1])
+        ranges = _checked_ranges(default_ranges(x, precision) if ranges is None else ranges, x)
+    codes, scale, offset = reference.quantize(x, precision, ranges)
+    if precision in ("float32", "float16"):
+        check_fits("x", codes, precision)
+    elif precision == "fp8":
+        check_fits("x", scale[:, None], precision)
+    return Quantized(codes, scale, offset, precision, x.shape[1])
 
 
 def dequantize(quantized: Quantized) -> torch.Tensor:

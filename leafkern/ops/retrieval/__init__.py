@@ -6,9 +6,9 @@ import torch
 
 from leafkern.errors import InputError
 from leafkern.ops._core.backend import choose
-from leafkern.ops._core.checks import check_finite_rows, check_floating, check_same_device, values_checked
+from leafkern.ops._core.checks import check_finite_rows, check_floating, check_same_device, check_tensor, values_checked
 from leafkern.ops._core.registration import register
-from leafkern.ops.quantization import Quantized
+from leafkern.ops.quantization import Quantized, code_width
 from leafkern.ops.quantization import reference as quantization
 from leafkern.ops.retrieval import native, reference
 
@@ -17,11 +17,27 @@ MAX_ROWS = 1 << 32
 # 63 * 128 * D must stay below 2^31.
 MAX_DIM = 1 << 18
 _BITS = {"int8": 8, "int4": 4, "binary": 1, "ubinary": 1}
+_PRECISION_OF = {8: "int8", 4: "int4", 1: "binary"}
+
+
+def _check_integers(u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, query_bits: int) -> None:
+    check_tensor("u", u, ndim=2, dtypes=(torch.int8,))
+    check_tensor("codes", codes, ndim=2, dtypes=(torch.int8, torch.uint8))
+    check_same_device(u=u, codes=codes)
+    _check_count("k", k)
+    if bits not in _PRECISION_OF or query_bits not in (1, 8):
+        raise InputError(f"bits, query_bits: expected 8, 4 or 1 and 8 or 1; got {bits} and {query_bits}")
+    width = code_width(_PRECISION_OF[bits], u.shape[1])
+    if codes.shape[1] != width:
+        raise InputError(
+            f"codes: {u.shape[1]} dimensions at {bits} bits take {width} columns; got shape {tuple(codes.shape)}"
+        )
 
 
 def _integer_search(
     u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, query_bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_integers(u, codes, k, bits, query_bits)
     candidates = {"reference": None}
     if u.device.type == "cpu":
         candidates = {"native": native.unsuited(u, codes, k), **candidates}
@@ -87,6 +103,14 @@ def _finite_scores(scores: torch.Tensor, first_row: int) -> None:
         raise InputError(f"base: row {row} holds NaN or infinity, or overflows float32; expected finite values")
 
 
+def _check_fits(x: torch.Tensor, what: str) -> None:
+    if not values_checked(x):
+        return
+    bad = ~torch.isfinite(x).all(dim=1)
+    if bad.any():
+        raise InputError(f"queries: row {int(bad.nonzero()[0])} is too large: {what} overflow float32; scale it down")
+
+
 def _float_search(queries: torch.Tensor, base: torch.Tensor | Quantized, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     choose("retrieval", {"reference": None})
     rows: Callable
@@ -113,7 +137,9 @@ def _first_stage(
     if base.dim >= MAX_DIM:
         raise InputError(f"base: width {base.dim}; below {MAX_DIM} is expected, where integer scores fit 32 bits")
     if base.precision in ("int8", "int4"):
-        u, a = fold(queries * base.scale)
+        w = queries * base.scale
+        _check_fits(w, "its products with the scale of the codes")
+        u, a = fold(w)
         bias = (queries * base.offset).sum(1)
     else:
         u, a = fold(queries)
@@ -121,7 +147,9 @@ def _first_stage(
             u, a = torch.where(queries > 0, 1, -1).to(torch.int8), torch.ones_like(a)
         bias = torch.zeros_like(a)
     integers, ids = integer_search(u, base.codes, k, _BITS[base.precision], query_bits)
-    return bias[:, None] + a[:, None] * integers, ids
+    scores = bias[:, None] + a[:, None] * integers
+    _check_fits(scores, "its scores")
+    return scores, ids
 
 
 def search(
@@ -146,16 +174,16 @@ def search(
 
     rescore: the same N rows more finely, one level or a list from coarse to fine; scored as float query times
     dequantised row, of the candidates only. The first stage keeps oversample*k, each level but the last half of
-    what it got (at least k).
+    what it got (at least k). All candidates of a query are gathered at once: oversample*k float32 rows of memory.
 
     base and rescore may be memory-mapped: they are read in blocks, never copied or checked as a whole. NaN or
     infinity in a float base or level shows in its scores and is an error then; codes are not checked.
 
-    Errors: `InputError` for k or oversample < 1, widths or row counts that differ, NaN or infinity in queries (the
-    row is named), query_bits other than None, 1, 8 or with a base that is not binary, N >= 2^32, and D >= 2^18 for
-    integer scores (63*128*D must fit 32 bits).
+    Errors: `InputError` for k or oversample < 1, widths or row counts that differ, NaN, infinity or overflow of float32
+    in queries (the row is named), query_bits other than None, 1, 8 or with a base that is not binary, N >= 2^32, and
+    D >= 2^18 for integer scores (63*128*D must fit 32 bits).
 
-    Backends: native (CPU; int8, int4, binary; k <= 2048), else the PyTorch reference.
+    Backends: native (CPU; int8, int4, binary; k, or oversample*k when rescoring, <= 2048), else the PyTorch reference.
     """
     check_floating("queries", queries, ndim=2)
     if queries.shape[1] < 1:
@@ -172,9 +200,9 @@ def search(
     binary = isinstance(base, Quantized) and base.precision in ("binary", "ubinary")
     if query_bits is not None and (query_bits not in (1, 8) or not binary):
         raise InputError(f"query_bits: expected None, or 1 or 8 with a binary base; got {query_bits!r}")
+    queries = queries.detach().float()
     check_finite_rows("queries", queries)
 
-    queries = queries.detach().float()
     levels = [level if isinstance(level, Quantized) else level.detach() for level in levels]
     query_bits = query_bits or (8 if levels or not binary else 1)
     keep = k * oversample if levels else k
