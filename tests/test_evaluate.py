@@ -140,11 +140,11 @@ def test_sts(tmp_path):
             load(file)
 
 
-def vectors(n=300, q=20, width=32):
+def vectors(n=300, q=60, width=32):
     generator = np.random.default_rng()
     documents = generator.normal(size=(n, width)).astype(np.float32)
     rows = generator.choice(n, q, replace=False)
-    queries = documents[rows] + 0.3 * generator.normal(size=(q, width)).astype(np.float32)
+    queries = documents[rows] + 0.7 * generator.normal(size=(q, width)).astype(np.float32)
     ids = [f"d{i}" for i in range(n)]
     names = [f"q{i}" for i in range(q)]
     qrels = {name: {ids[row]: 1} for name, row in zip(names, rows)}
