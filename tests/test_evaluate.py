@@ -140,7 +140,7 @@ def test_sts(tmp_path):
             load(file)
 
 
-def vectors(n=300, q=60, width=32):
+def vectors(n=300, q=20, width=32):
     generator = np.random.default_rng()
     documents = generator.normal(size=(n, width)).astype(np.float32)
     rows = generator.choice(n, q, replace=False)
