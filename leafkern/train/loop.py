@@ -27,7 +27,7 @@ from leafkern.train.prepare import Prepared
 from leafkern.train.progress import Bars
 from leafkern.train.recipe import Optimiser, Recipe
 
-TIMED_STEPS = 4
+TIMED_STEPS = 9
 
 
 def learning_rate(step: int, steps_per_cycle: int, optimiser: Optimiser, warmup: int = 0) -> float:
@@ -188,8 +188,8 @@ class Loop:
             self.optimiser.zero_grad(set_to_none=True)
             times.append(time.perf_counter() - began)
         torch.manual_seed(self.recipe.seed)
-        # Without the slowest (warm-up); the optimiser adds a few passes over the weights.
-        return sum(sorted(times)[:-1]) / (TIMED_STEPS - 1) * 1.05
+        # Without the first (warm-up); the optimiser adds a few passes over the weights.
+        return sum(times[1:]) / (TIMED_STEPS - 1) * 1.05
 
     def steps_for(self, minutes: float) -> int:
         """Steps per cycle that fill `minutes`."""

@@ -145,6 +145,9 @@ def test_the_whole_way(tmp_path, tiny_bert, monkeypatch, capsys):
     Encoder.from_layers(Encoder.from_pretrained(tiny_bert, device="cpu"), [0, 1, 2]).save_pretrained(other)
     for teacher in (str(other), str(tiny_bert)):  # a second run replaces the first
         evaluation = demo.run(teacher, output, 2)
+    assert demo.made_before(str(tiny_bert), output, 2) == json.loads(json.dumps(evaluation))
+    assert demo.made_before(str(tiny_bert), output, 3) is None
+    assert demo.made_before(str(other), output, 2) is None
     demo.show(evaluation, output)
     shown = capsys.readouterr().out
     assert "student" in shown
