@@ -3,9 +3,18 @@
 import importlib
 
 _WHERE = {
+    "varlen_attention": "attention",
+    "attention_mean_pool": "attention",
     "mean_pool": "pooling",
     "norm_mean_pool": "pooling",
     "alignment_loss": "distill",
+    "similarity_loss": "distill",
+    "distill_loss": "distill",
+    "DistillTerms": "distill",
+    "relative_similarity_loss": "relative",
+    "info_nce": "contrastive",
+    "soft_label_loss": "contrastive",
+    "mix_negatives": "contrastive",
     "quantize": "quantization",
     "dequantize": "quantization",
     "calibrate": "quantization",

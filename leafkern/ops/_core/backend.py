@@ -16,8 +16,11 @@ BACKENDS = ("reference", "native", "triton", "flash", "sdpa")
 
 # The backends that exist today, per operation (folder name), best first.
 OPERATIONS: dict[str, tuple[str, ...]] = {
-    "pooling": ("reference",),
+    "attention": ("reference",),
+    "pooling": ("triton", "reference"),
     "distill": ("reference",),
+    "relative": ("native", "reference"),
+    "contrastive": ("reference",),
     "quantization": ("reference",),
     "retrieval": ("native", "reference"),
 }

@@ -4,6 +4,7 @@ Shape, dtype and device are always checked. Values (NaN, zero rows, monotone cu_
 CUDA only with LEAFKERN_CHECK=1, and never under graph capture or torch.compile (a host synchronisation).
 """
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -82,3 +83,34 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
         raise InputError(f"cu_seqlens: must run from 0 to T = {tokens}; got {first} to {last}")
     if (cu_seqlens.diff() < 0).any():
         raise InputError("cu_seqlens: must never fall")
+
+
+def check_dims(dims: Sequence[int] | None, width: int) -> list[int]:
+    """Matryoshka prefix widths: `dims` itself as a list, or [width] for None."""
+    if dims is None:
+        return [width]
+    dims = list(dims)
+    if not dims or not all(isinstance(d, int) and not isinstance(d, bool) and 1 <= d <= width for d in dims):
+        raise InputError(f"dims: expected prefix widths from 1 to {width}; got {dims}")
+    if sorted(set(dims), reverse=True) != dims:
+        raise InputError(f"dims: expected descending, unique widths; got {dims}")
+    return dims
+
+
+def check_dim_weights(dim_weights: Sequence[float] | None, dims: Sequence[int]) -> list[float]:
+    """One finite weight per prefix width; None: 1/K each."""
+    if dim_weights is None:
+        return [1 / len(dims)] * len(dims)
+    weights = [float(weight) for weight in dim_weights]
+    if len(weights) != len(dims) or not all(math.isfinite(weight) for weight in weights):
+        raise InputError(f"dim_weights: expected {len(dims)} finite numbers, one for each of dims; got {weights}")
+    return weights
+
+
+def check_number(name: str, value: object, *, above: float | None = None, least: float | None = None) -> float:
+    """`value` as a finite float that is > `above` or >= `least`."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or (above is not None and value <= above) or (least is not None and value < least):
+        bound = f" above {above:g}" if above is not None else f" of at least {least:g}" if least is not None else ""
+        raise InputError(f"{name}: expected a finite number{bound}; got {value!r}")
+    return float(value)

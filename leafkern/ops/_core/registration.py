@@ -1,14 +1,31 @@
 """Registration of operations with torch.library: define + implementation + fake, and autograd where differentiable.
 
 Registered operations (`torch.ops.leafkern.*`) take tensors, ints, floats and lists, and return tensors or tuples of
-tensors. They serve torch.compile; eager calls bypass the dispatcher, which costs more than a small kernel.
+tensors. They serve torch.compile; eager calls bypass the dispatcher, which costs more than a small kernel. Autocast is
+off inside: an operation chooses its own precision.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("leafkern", "FRAGMENT")
+
+
+def without_autocast(function: Callable) -> Callable:
+    """`function` with autocast off, whatever the caller's state."""
+
+    @functools.wraps(function)
+    def plain(*args):
+        active = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        if not active:
+            return function(*args)
+        with torch.autocast(active[0], enabled=False), torch.autocast(active[-1], enabled=False):
+            return function(*args)
+
+    return plain
 
 
 def register(
@@ -24,17 +41,19 @@ def register(
     schema: "name(Tensor x, int k) -> Tensor". `implementation` serves every device and must return new tensors,
     never its inputs or views of them; `fake` returns empty tensors of the same shapes, dtypes and devices.
     For a differentiable operation, `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` have the meaning
-    that they have in `torch.autograd.Function`, which eager calls go through. `backward` must itself be made of
-    registered or torch operations: torch.compile traces it.
+    that they have in `torch.autograd.Function`, which eager calls go through; a second derivative is refused.
+    `backward` must itself be made of registered or torch operations: torch.compile traces it.
     """
     name = schema.partition("(")[0].strip()
+    implementation = without_autocast(implementation)
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"leafkern::{name}", fake, lib=_LIBRARY)
     eager = implementation
     if backward is not None:
+        backward = without_autocast(backward)
         torch.library.register_autograd(f"leafkern::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-        parts = {"forward": implementation, "setup_context": setup_context, "backward": backward}
+        parts = {"forward": implementation, "setup_context": setup_context, "backward": once_differentiable(backward)}
         members = {part: staticmethod(function) for part, function in parts.items()}
         eager = type(name, (torch.autograd.Function,), members).apply
     registered = getattr(torch.ops.leafkern, name).default
@@ -44,3 +63,40 @@ def register(
 
     call.__name__ = call.__qualname__ = name
     return call
+
+
+def register_loss(schema: str, implementation: Callable, fake: Callable, *, differentiable: Sequence[int]) -> Callable:
+    """Registers a scalar loss that computes its gradient together with its value.
+
+    The operation returns (loss, ..., one gradient for each place in `differentiable`).
+    Only the loss is differentiable. A gradient is that of the loss, shaped like its argument, in at least float32, so
+    that a loss scale is applied before rounding to half precision; its last schema argument, `bool[] needs` (from
+    `needs_gradient`), tells which are wanted: the others are returned as empty (0,).
+    """
+
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.count = len(inputs)
+        ctx.meta = [None if inputs[place] is None else inputs[place].dtype for place in differentiable]
+        gradients = output[len(output) - len(differentiable) :]
+        ctx.needs = list(inputs[-1])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*gradients)
+
+    def backward(ctx, grad, *_):
+        grads = [None] * ctx.count
+        if grad is not None:
+            for place, dtype, wanted, saved in zip(differentiable, ctx.meta, ctx.needs, ctx.saved_tensors, strict=True):
+                if wanted:
+                    grads[place] = (grad * saved).to(dtype)
+                elif dtype is not None and ctx.needs_input_grad[place]:
+                    raise RuntimeError(f"{name}: called with needs=False for an argument whose gradient is asked for")
+        return tuple(grads)
+
+    name = schema.partition("(")[0].strip()
+    return register(schema, implementation, fake, setup_context=setup_context, backward=backward)
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> list[bool]:
+    """Which of `tensors` a backward pass may reach."""
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
