@@ -13,3 +13,13 @@ def normalize_rows(x: torch.Tensor) -> torch.Tensor:
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype to accumulate in: float32 for half precision, otherwise `dtype` itself."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def normalize_rows_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Gradient with respect to x of normalize_rows, given that with respect to its result."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = torch.where(norm == 0, torch.inf, norm.clamp(min=1e-12))
+    unit = x / scale
+    # Below the clamp n(x) = x / 1e-12 is linear: nothing is projected out.
+    along = torch.where(norm >= 1e-12, (grad * unit).sum(-1, keepdim=True), 0.0)
+    return (grad - along * unit) / scale

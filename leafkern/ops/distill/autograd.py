@@ -2,7 +2,7 @@
 
 import torch
 
-from leafkern.ops._core.normalize import at_least_float32, normalize_rows
+from leafkern.ops._core.normalize import at_least_float32, normalize_rows, normalize_rows_backward
 from leafkern.ops._core.registration import register
 from leafkern.ops.distill.reference import KINDS
 
@@ -39,12 +39,7 @@ def _alignment_loss_backward(ctx, grad):
     s, t = _wide(student, teacher)
     rows = max(s.shape[0], 1)
     if ctx.kind == _COSINE:
-        norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
-        unit, target = normalize_rows(s), normalize_rows(t)
-        # Below the clamp n(x) = x / 1e-12 is linear: nothing is projected out.
-        along = torch.where(norm >= 1e-12, (unit * target).sum(-1, keepdim=True), 0.0)
-        scale = torch.where(norm == 0, torch.inf, norm.clamp(min=1e-12))
-        direction = (along * unit - target) / scale / rows
+        direction = normalize_rows_backward(-normalize_rows(t), s) / rows
     elif ctx.kind == _L2:
         norm = torch.linalg.vector_norm(s - t, dim=-1, keepdim=True)
         direction = (s - t) / torch.where(norm == 0, torch.inf, norm) / rows
