@@ -11,7 +11,8 @@ import torch
 from leafkern.errors import BackendError, InputError
 from leafkern.ops._core import backend, checks
 from leafkern.ops._core.native import library
-from leafkern.ops._core.registration import register
+from leafkern.ops._core.normalize import normalize_rows, normalize_rows_backward
+from leafkern.ops._core.registration import needs_gradient, register, register_loss
 
 
 @pytest.fixture
@@ -126,6 +127,124 @@ def test_registered_operation_is_differentiable_and_compiles():
     eager = torch.autograd.grad(scaled(x, 3.0).sum(), x)[0]
     compiled = torch.compile(lambda x: scaled(x, 3.0).sum(), backend="aot_eager", fullgraph=True)
     assert torch.equal(torch.autograd.grad(compiled(x), x)[0], eager)
+
+
+def _square(x, y, needs):
+    loss = x.float().square().sum() if y is None else (x.float() @ y.float().T).square().sum()
+    empty = torch.empty(0)
+    dx = 2 * (x.float() if y is None else x.float() @ y.float().T @ y.float()) if needs[0] else empty
+    dy = 2 * (y.float() @ x.float().T @ x.float()) if needs[1] else empty.clone()
+    return loss, loss / 2, dx, dy
+
+
+def _square_fake(x, y, needs):
+    loss, half = x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
+    shapes = (x.shape if needs[0] else (0,), y.shape if needs[1] else (0,))
+    return loss, half, *(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+square = register_loss(
+    "test_square(Tensor x, Tensor? y, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _square,
+    _square_fake,
+    differentiable=(0, 1),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_loss_carries_its_gradients(dtype):
+    x, y = torch.randn(3, 4, dtype=dtype).requires_grad_(), torch.randn(2, 4, dtype=dtype).requires_grad_()
+    for arguments in ((x, y), (x, None)):
+        needs = needs_gradient(*arguments)
+        torch.library.opcheck(torch.ops.leafkern.test_square.default, (*arguments, needs))
+        outputs = square(*arguments, needs)
+        assert [part.requires_grad for part in outputs] == [True, False, False, False]
+        torch.compiler.reset()
+        compiled = torch.compile(
+            lambda x, y: square(x, y, needs_gradient(x, y))[0], backend="aot_eager", fullgraph=True
+        )
+        inputs = [a for a in arguments if a is not None]
+        for loss in (outputs[0], compiled(*arguments)):
+            exact = [a.detach().float().requires_grad_() for a in inputs]
+            _square(*exact, *[None] * (2 - len(exact)), [False, False])[0].backward()
+            for found, right, a in zip(torch.autograd.grad(3 * loss, inputs), exact, inputs):
+                assert found.dtype == a.dtype
+                torch.testing.assert_close(found, (3 * right.grad).to(a.dtype))
+
+
+def test_gradients_that_nobody_wants_are_not_made():
+    x, y = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4)
+    assert needs_gradient(x, y, None) == [True, False, False]
+    assert [part.numel() for part in square(x, y, needs_gradient(x, y))[2:]] == [12, 0]
+    with torch.no_grad():
+        assert needs_gradient(x) == [False]
+    with pytest.raises(RuntimeError, match="test_square: called with needs=False"):
+        square(x, y, [False, False])[0].backward()
+
+
+def test_a_scaled_half_precision_loss_keeps_small_gradients():
+    # 2 * 1e-6 is below half precision's smallest number; times the scale it is not.
+    x = torch.full((1, 1), 1e-6, dtype=torch.float16, requires_grad=True)
+    (square(x, None, [True, False])[0] * 2.0**16).backward()
+    torch.testing.assert_close(x.grad.item(), 2 * x.item() * 2**16, rtol=1e-3, atol=0)
+
+
+def test_second_derivatives_are_refused():
+    x = torch.randn(3, 4, requires_grad=True)
+    weight = torch.ones((), requires_grad=True)
+    (grad,) = torch.autograd.grad(square(x, None, [True, False])[0] * weight, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_autocast_does_not_reach_into_an_operation():
+    x, y = torch.randn(30, 40, requires_grad=True), torch.randn(20, 40)
+    plain = square(x, y, [True, False])[0]
+    (expected,) = torch.autograd.grad(plain, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = square(x, y, [True, False])[0]
+        (found,) = torch.autograd.grad(loss, x)
+    assert torch.equal(loss, plain)
+    assert torch.equal(found, expected)
+
+
+def test_gradient_of_normalisation():
+    x = torch.randn(5, 3, dtype=torch.float64)
+    x[1], x[2] = 0, torch.tensor([1e-13, -2e-13, 1e-13])
+    x.requires_grad_()
+    weights = torch.randn(5, 3, dtype=torch.float64)
+    (normalize_rows(x) * weights).sum().backward()
+    torch.testing.assert_close(normalize_rows_backward(weights, x.detach()), x.grad)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: checks.check_dims([4, 2, 2], 8), r"dims: expected descending, unique widths; got \[4, 2, 2\]"),
+        (lambda: checks.check_dims([2, 4], 8), "descending"),
+        (lambda: checks.check_dims([9], 8), r"dims: expected prefix widths from 1 to 8; got \[9\]"),
+        (lambda: checks.check_dims([], 8), "from 1 to 8"),
+        (lambda: checks.check_dims([True], 8), "from 1 to 8"),
+        (lambda: checks.check_dim_weights([1.0], [4, 2]), "dim_weights: expected 2 finite numbers"),
+        (lambda: checks.check_dim_weights([1.0, float("nan")], [4, 2]), "dim_weights: expected 2 finite numbers"),
+        (lambda: checks.check_number("margin", float("inf")), "margin: expected a finite number; got inf"),
+        (
+            lambda: checks.check_number("margin", "a", least=0),
+            "margin: expected a finite number of at least 0; got 'a'",
+        ),
+        (lambda: checks.check_number("t", 0, above=0), "t: expected a finite number above 0; got 0"),
+    ],
+)
+def test_numbers_and_widths(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_widths_by_default():
+    assert checks.check_dims(None, 8) == [8]
+    assert checks.check_dims((8, 3), 8) == [8, 3]
+    assert checks.check_dim_weights(None, [8, 3]) == [0.5, 0.5]
+    assert checks.check_dim_weights([1, 0], [8, 3]) == [1.0, 0.0]
 
 
 def test_eager_calls_bypass_the_dispatcher():

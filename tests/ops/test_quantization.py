@@ -172,3 +172,22 @@ def test_unit_ranges():
 def test_bad_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@each_precision
+@pytest.mark.parametrize("autocast", [False, True])
+def test_under_compile_and_autocast(precision, autocast):
+    x = vectors(120, 9)
+
+    def there_and_back(x):
+        quantized = quantize(x * 1.0, precision)
+        return quantized.codes, dequantize(quantized)
+
+    torch.compiler.reset()
+    compiled = torch.compile(there_and_back, backend="aot_eager", fullgraph=True)
+    expected = there_and_back(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for found in (there_and_back(x), compiled(x)):
+            for left, right in zip(found, expected, strict=True):
+                assert left.dtype == right.dtype
+                assert torch.equal(left.float(), right.float())

@@ -481,15 +481,22 @@ def test_registered_operation():
         assert all(torch.equal(a, b) for a, b in zip(eager, torch.ops.leafkern.integer_search(*arguments)))
 
 
-def test_under_compile():
-    base = quantize(unit(150, 16), "int8")
-    queries = unit(4, 16)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_under_compile_and_autocast(precision, autocast):
+    base, queries = quantize(unit(150, 16), precision), unit(4, 16)
+    rescore = unit(150, 16)
 
     def ranked(q):
-        return search(q * 1.0, Quantized(base.codes, base.scale, base.offset, "int8", 16), 5)
+        again = Quantized(base.codes, base.scale, base.offset, precision, 16)
+        return *search(q * 1.0, again, 5), *search(q * 1.0, again, 5, rescore=rescore)
 
+    torch.compiler.reset()
     compiled = torch.compile(ranked, backend="aot_eager", fullgraph=True)
-    assert all(torch.equal(a, b) for a, b in zip(ranked(queries), compiled(queries)))
+    expected = ranked(queries)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for found in (ranked(queries), compiled(queries)):
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @needs_native

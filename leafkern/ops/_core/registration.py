@@ -18,12 +18,12 @@ def without_autocast(function: Callable) -> Callable:
     """`function` with autocast off, whatever the caller's state."""
 
     @functools.wraps(function)
-    def plain(*args):
+    def plain(*args, **options):
         active = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
         if not active:
-            return function(*args)
+            return function(*args, **options)
         with torch.autocast(active[0], enabled=False), torch.autocast(active[-1], enabled=False):
-            return function(*args)
+            return function(*args, **options)
 
     return plain
 

@@ -20,7 +20,7 @@ from leafkern.ops._core.registration import without_autocast
 def unit_target(
     student: torch.Tensor,
     teacher: torch.Tensor | Sequence[torch.Tensor],
-    teacher_weights: Sequence[float] | None,
+    teacher_weights: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """(B, sum of the teachers' widths): unit rows in at least float32, detached.
 

@@ -7,6 +7,7 @@ import torch
 from leafkern.errors import InputError, unknown_name
 from leafkern.ops._core.backend import choose
 from leafkern.ops._core.checks import check_finite_rows, check_floating, check_same_device, check_tensor, values_checked
+from leafkern.ops._core.registration import without_autocast
 from leafkern.ops.quantization import reference
 
 PRECISIONS = ("float32", "float16", "int8", "int4", "fp8", "binary", "ubinary")
@@ -94,6 +95,7 @@ class Quantized:
         return Quantized(*moved, self.precision, self.dim)
 
 
+@without_autocast
 def calibrate(x: torch.Tensor, precision: str, *, method: str = "minmax") -> torch.Tensor:
     """Ranges for `quantize`: float32 (2, D), the lowest and highest value of each dimension.
 
@@ -162,6 +164,7 @@ def check_fits(name: str, values: torch.Tensor, precision: str, first_row: int =
         )
 
 
+@without_autocast
 def quantize(x: torch.Tensor, precision: str, *, ranges: torch.Tensor | None = None) -> Quantized:
     """Vectors as codes of `precision`: "float32", "float16", "int8", "int4", "fp8", "binary" or "ubinary".
 
@@ -199,6 +202,7 @@ def quantize(x: torch.Tensor, precision: str, *, ranges: torch.Tensor | None = N
     return Quantized(codes, scale, offset, precision, x.shape[1])
 
 
+@without_autocast
 def dequantize(quantized: Quantized) -> torch.Tensor:
     """The vectors that the codes stand for: float32 (N, D).
 

@@ -7,7 +7,7 @@ import torch
 from leafkern.errors import InputError
 from leafkern.ops._core.backend import choose
 from leafkern.ops._core.checks import check_finite_rows, check_floating, check_same_device, check_tensor, values_checked
-from leafkern.ops._core.registration import register
+from leafkern.ops._core.registration import register, without_autocast
 from leafkern.ops.quantization import Quantized, code_width
 from leafkern.ops.quantization import reference as quantization
 from leafkern.ops.retrieval import native, reference
@@ -152,6 +152,7 @@ def _first_stage(
     return scores, ids
 
 
+@without_autocast
 def search(
     queries: torch.Tensor,
     base: torch.Tensor | Quantized,

@@ -1,0 +1,62 @@
+"""The target of one teacher or several."""
+
+import pytest
+import torch
+
+from leafkern.errors import InputError
+from leafkern.ops._core.teachers import unit_target
+
+
+def teachers(rows, *widths, dtype=torch.float64):
+    return [torch.randn(rows, width, dtype=dtype) for width in widths]
+
+
+def cosines(x):
+    x = x / x.norm(dim=1, keepdim=True)
+    return x @ x.T
+
+
+def test_cosines_of_the_target_are_the_weighted_mean_of_the_teachers():
+    first, second, third = teachers(6, 5, 9, 2)
+    target = unit_target(first, [first, second, third], [1, 3, 0.5])
+    assert target.shape == (6, 16)
+    expected = (cosines(first) + 3 * cosines(second) + 0.5 * cosines(third)) / 4.5
+    torch.testing.assert_close(target @ target.T, expected)
+    torch.testing.assert_close(
+        unit_target(first, [first, second]), unit_target(first, (first, second), [7.0, 7.0]), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_one_teacher_alone_or_in_a_list():
+    (teacher,) = teachers(4, 7)
+    expected = teacher / teacher.norm(dim=1, keepdim=True)
+    for given, weights in ((teacher, None), ([teacher], None), ([teacher], [0.3])):
+        torch.testing.assert_close(unit_target(teacher, given, weights), expected)
+
+
+def test_half_precision_is_normalised_in_float32_and_autocast_changes_nothing():
+    half = teachers(5, 8, 8, dtype=torch.float16)
+    plain = unit_target(half[0], half, [1, 2])
+    assert plain.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(unit_target(half[0], half, [1, 2]), plain)
+    assert not unit_target(half[0], half[0].requires_grad_(), None).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("given", "weights", "message"),
+    [
+        (None, None, "teacher: expected a tensor or a list of tensors, got NoneType"),
+        ([], None, "teacher: expected a tensor or a list"),
+        ([torch.ones(3, 2), torch.ones(2, 2)], None, r"student, teacher\[1\]: 3 and 2 rows"),
+        ([torch.ones(3, 2), torch.eye(3)[:, 1:]], None, r"teacher\[1\]: row 0 is all zeros"),
+        (torch.full((3, 2), torch.nan), None, "teacher: row 0 holds NaN"),
+        (torch.ones(3, 2, dtype=torch.int64), None, "teacher: expected a floating-point tensor"),
+        (torch.ones(3, 2), [1, 2], "teacher_weights: 2 numbers; expected one for each of 1 teachers"),
+        ([torch.ones(3, 2)] * 2, [1, -1], r"teacher_weights\[1\]: expected a finite number of at least 0; got -1"),
+        ([torch.ones(3, 2)] * 2, [0, 0], "teacher_weights: all are 0"),
+    ],
+)
+def test_wrong_arguments(given, weights, message):
+    with pytest.raises(InputError, match=message):
+        unit_target(torch.ones(3, 4), given, weights)
