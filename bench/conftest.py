@@ -47,9 +47,11 @@ class Session:
         model = ["--model", self.model] if self.model else []
         return ["--size", self.size, *peers, *model]
 
-    def command(self, op: str, test: str) -> str:
-        """What reproduces the rows of one test, from the checkout."""
-        return shlex.join(["pytest", f"bench/bench_{op}.py::{test}", *self.options()])
+    def command(self, op: str, test: str = "") -> str:
+        """What reproduces the rows of one test, or of the whole run, from the checkout."""
+        selected = ["-k", self.config.option.keyword] if self.config.option.keyword else []
+        place = f"bench/bench_{op}.py" + (f"::{test}" if test else "")
+        return shlex.join(["pytest", place, *selected, *self.options()])
 
     def run(self, case: harness.Case, benchmark, test: str) -> list[dict]:
         if not self.peers:
@@ -72,8 +74,9 @@ class Session:
             device = rows[0]["device"]
             path = Path(folder) / name / f"{op}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            command = shlex.join(["python", "-m", "leafkern.bench", op, *self.options()])
-            write_json(path, harness.document(op, rows, self.ceilings(device), size=self.size, command=command))
+            write_json(
+                path, harness.document(op, rows, self.ceilings(device), size=self.size, command=self.command(op))
+            )
             written.append(path)
         listing = self.config.getoption("--written")
         if listing is not None:

@@ -371,16 +371,24 @@ def doctor() -> None:
     """
     from leafkern import doctor as facts
 
-    operations = facts.operations()
+    # Before anything is printed: a wrong LEAFKERN_BACKEND is an error.
+    served = {device: facts.operations(device) for device in ("cpu", "cuda")}
     for title, rows in (("Versions", facts.versions()), ("Machine", facts.machine())):
         print(title)
         for name, value in rows:
             print(f"  {name:<22} {value}")
-    print("Operations (CPU tensors)")
-    for operation, backend, why, faster in operations:
-        print(f"  {operation:<22} {backend:<10} {why}")
-        if faster:
-            print(f"  {'':<22} {'faster:':<10} {faster}")
+    for device, rows in served.items():
+        absent = device == "cuda" and not facts.has_gpu()
+        print(f"Operations on {device.upper()} tensors{' (no GPU that torch can use; with one:)' if absent else ''}")
+        for operation, backend, why, faster in rows:
+            print(f"  {operation:<22} {backend:<10} {why}")
+            print(f"  {'':<22} {', '.join(facts.functions(operation))}")
+            if faster:
+                print(f"  {'':<22} faster: {faster}")
+    if facts.absent():
+        print("To install for more")
+        for extra, purpose in facts.absent():
+            print(f"  {extra:<22} {purpose}")
 
 
 def open_model(model: str, device: str | None) -> "Encoder":

@@ -48,23 +48,74 @@ def machine() -> list[tuple[str, str]]:
     ]
 
 
-def operations() -> list[tuple[str, str, str, str]]:
-    """(operation, backend for CPU tensors, why, what would be faster)."""
-    from leafkern.ops._core import native
+def has_gpu() -> bool:
+    """Whether torch can use a GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def operations(device: str) -> list[tuple[str, str, str, str]]:
+    """(operation, backend that serves tensors on `device`, why, what would be faster); device "cpu" or "cuda"."""
     from leafkern.ops._core.backend import OPERATIONS, forced_backend
 
-    reason = native.unavailable()
     rows = []
     for operation, backends in OPERATIONS.items():
-        forced = forced_backend(operation)
-        if forced is not None:
-            faster = "" if forced == backends[0] else f"unset LEAFKERN_BACKEND to let {backends[0]} serve"
+        reasons = {name: _missing(name, device) for name in backends if _DEVICES[name] in (device, "any")}
+        forced, best = forced_backend(operation), next(iter(reasons))
+        chosen = next(name for name, reason in reasons.items() if reason is None)
+        if forced is not None and forced not in reasons:
+            rows.append((operation, "none", f"LEAFKERN_BACKEND says {forced}, which has no kernel for {device}", ""))
+        elif forced is not None:
+            faster = "" if forced == best else f"unset LEAFKERN_BACKEND to let {chosen} serve"
             rows.append((operation, forced, "LEAFKERN_BACKEND says so", faster))
-        elif "native" not in backends:
-            rows.append((operation, "reference", "PyTorch; it has no other backend on the CPU yet", ""))
-        elif reason is None:
-            rows.append((operation, "native", "the compiled kernels are there", ""))
+        elif chosen == best:
+            why = _WHY[chosen] if len(reasons) > 1 else f"PyTorch; it has no other backend for {device} yet"
+            rows.append((operation, chosen, why, ""))
         else:
-            faster = f"the native kernels: {native.NEEDED}"
-            rows.append((operation, "reference", reason, faster))
+            rows.append((operation, chosen, _WHY[chosen], f"{best}: {reasons[best]}"))
     return rows
+
+
+_DEVICES = {"reference": "any", "native": "cpu", "triton": "cuda"}
+_WHY = {
+    "reference": "PyTorch",
+    "native": "the compiled kernels are there",
+    "triton": "Triton kernels, compiled at first use",
+}
+
+
+def _missing(backend: str, device: str) -> str | None:
+    """Why `backend` can't serve on `device`; None when it can."""
+    from leafkern.ops._core import launch, native
+
+    if backend == "native":
+        return native.unavailable()
+    return launch.missing() if backend == "triton" else None
+
+
+def functions(operation: str) -> list[str]:
+    """The public functions of an operation."""
+    from leafkern.ops import _WHERE
+
+    return [name for name, folder in _WHERE.items() if folder == operation and name.islower()]
+
+
+# Package, the extra that brings it, what it is for.
+OPTIONAL = (
+    ("pydantic", "train", "leafkern train"),
+    ("sentence-transformers", "bench", "leafkern's losses in its trainer; peer in leafkern bench encoder"),
+    ("pytest-benchmark", "bench", "leafkern bench"),
+    ("faiss-cpu", "bench", "peer in leafkern bench search"),
+)
+
+
+def absent() -> list[tuple[str, str]]:
+    """(what to install, for what) of the optional packages that are not here."""
+    missing = []
+    for package, extra, purpose in OPTIONAL:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append((f"leafkern[{extra}]", f"{purpose} ({package})"))
+    return missing
