@@ -17,7 +17,7 @@ def pair(rows, width, dtype=torch.float64):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 13), (32, 384)])
-def test_equals_definition(kind, dtype, rows, width):
+def test_alignment_equals_definition(kind, dtype, rows, width):
     student, teacher = pair(rows, width, dtype)
     loss = alignment_loss(student, teacher, kind=kind)
     (grad,) = torch.autograd.grad(loss, student)
@@ -32,7 +32,7 @@ def test_equals_definition(kind, dtype, rows, width):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(kind):
+def test_alignment_gradcheck(kind):
     student, teacher = pair(5, 4)
     assert torch.autograd.gradcheck(lambda s: alignment_loss(s, teacher, kind=kind), student)
 
@@ -65,7 +65,7 @@ def test_cosine_below_the_clamp():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_rows(kind):
+def test_alignment_of_no_rows(kind):
     student = torch.zeros(0, 8, requires_grad=True)
     loss = alignment_loss(student, torch.zeros(0, 8), kind=kind)
     loss.backward()
@@ -73,14 +73,14 @@ def test_no_rows(kind):
     assert student.grad.shape == (0, 8)
 
 
-def test_teacher_gets_no_gradient():
+def test_alignment_teacher_gets_no_gradient():
     student, teacher = pair(4, 5)
     teacher.requires_grad_()
     alignment_loss(student, teacher).backward()
     assert teacher.grad is None
 
 
-def test_nan_of_the_student_propagates():
+def test_alignment_nan_of_the_student_propagates():
     student, teacher = pair(4, 5)
     with torch.no_grad():
         student[2, 1] = torch.nan
@@ -88,7 +88,7 @@ def test_nan_of_the_student_propagates():
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
-def test_bad_teacher_row_is_named(bad):
+def test_alignment_bad_teacher_row_is_named(bad):
     student, teacher = pair(4, 5)
     teacher[3] = bad
     with pytest.raises(InputError, match="teacher: row 3"):
@@ -105,19 +105,26 @@ def test_bad_teacher_row_is_named(bad):
         (torch.zeros(2, 3), torch.ones(2, 3), "l2_sq", "did you mean 'l2sq'"),
     ],
 )
-def test_wrong_arguments(student, teacher, kind, message):
+def test_alignment_wrong_arguments(student, teacher, kind, message):
     with pytest.raises(InputError, match=message):
         alignment_loss(student, teacher, kind=kind)
 
 
+def test_alignment_of_one_process_is_that_of_all_ranks():
+    student, teacher = pair(4, 5)
+    assert torch.equal(alignment_loss(student, teacher, gather="ranks"), alignment_loss(student, teacher))
+    with pytest.raises(InputError, match=r"gather.*did you mean 'ranks'"):
+        alignment_loss(student, teacher, gather="rank")
+
+
 @pytest.mark.parametrize("kind", range(len(KINDS)))
-def test_opcheck(kind):
+def test_alignment_opcheck(kind):
     student, teacher = pair(5, 6, torch.float32)
     torch.library.opcheck(torch.ops.leafkern.alignment_loss.default, (student, teacher, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_equals_eager(kind):
+def test_alignment_compiled_equals_eager(kind):
     student, teacher = pair(6, 7, torch.float32)
     compiled = torch.compile(lambda s, t: alignment_loss(s, t, kind=kind), fullgraph=True, backend="aot_eager")
     eager_loss, loss = alignment_loss(student, teacher, kind=kind), compiled(student, teacher)
