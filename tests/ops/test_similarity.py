@@ -10,7 +10,7 @@ from tolerances import TOLERANCE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leafkern.errors import InputError
-from leafkern.ops import similarity_loss
+from leafkern.ops import distill_loss, similarity_loss
 from leafkern.ops._core.normalize import normalize_rows
 from leafkern.ops.distill import reference
 from leafkern.ops.distill.reference import brute_similarity_loss
@@ -163,6 +163,7 @@ def test_no_square_matrix_in_memory():
     student, teacher = pair(3000, 8, 8, torch.float32)
     functions = (
         lambda: similarity_loss(student, teacher, dims=[8, 4]),
+        lambda: distill_loss(student, teacher, weights=(10, 200, 0)).total,
         lambda: reference.blocked_similarity_loss(student[:2900], student, teacher, 0, [8], [False])[0],
     )
     for function in functions:
@@ -171,6 +172,10 @@ def test_no_square_matrix_in_memory():
             if loss.requires_grad:
                 loss.backward()
         assert seen.bytes == 256 * 3000 * 4
+    # The measurement would see one.
+    with LargestTensor() as seen:
+        distill_loss(student[:60], teacher[:60])
+    assert seen.bytes >= 60 * 60 * 4
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(0, 256), (100, 256), (1 << 15, 128), (1 << 22, 1), (1 << 30, 1)])
@@ -308,8 +313,19 @@ def test_opcheck(dtype, wanted, share):
     torch.library.opcheck(OP, arguments)
 
 
+def test_strides_do_not_matter():
+    student, teacher = pair(6, 5, 4, torch.float32)
+    wide = torch.randn(6, 10)
+    wide[:, ::2] = student.detach()
+    for strided in (student.detach().T.contiguous().T, wide[:, ::2]):
+        arguments = (strided.requires_grad_(), None, normalize_rows(teacher), 0, [5, 2], [True])
+        torch.library.opcheck(OP, arguments, test_utils=("test_faketensor", "test_aot_dispatch_dynamic"))
+        assert_near(OP(*arguments), OP(student, *arguments[1:]), torch.float32)
+
+
 def test_compiled_equals_eager():
     student, teacher = pair(6, 7, 7, torch.float32)
+    torch.compiler.reset()
     compiled = torch.compile(
         lambda s, *t: similarity_loss(s, list(t), dims=[7, 3]), fullgraph=True, backend="aot_eager"
     )
@@ -321,6 +337,7 @@ def test_compiled_equals_eager():
 def test_values_are_not_checked_when_compiled():
     student, teacher = pair(4, 5, 5)
     teacher[2] = 0
+    torch.compiler.reset()
     compiled = torch.compile(lambda s: similarity_loss(s, teacher), fullgraph=True, backend="aot_eager")
     expected = value_and_gradient(lambda s: brute_similarity_loss(s, normalize_rows(teacher), [5]), student)
     assert_near(value_and_gradient(compiled, student), expected, torch.float64)

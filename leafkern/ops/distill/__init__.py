@@ -1,6 +1,7 @@
 """Losses that pull a student's vectors towards a teacher's."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +12,7 @@ from leafkern.ops._core.checks import (
     check_finite_rows,
     check_floating,
     check_nonzero_rows,
+    check_number,
     check_same_device,
 )
 from leafkern.ops._core.ranks import Ranks, gather_constant, loss_of_ranks, ranks_of
@@ -18,8 +20,18 @@ from leafkern.ops._core.registration import needs_gradient
 from leafkern.ops._core.teachers import unit_target
 from leafkern.ops.distill import autograd
 from leafkern.ops.distill.reference import KINDS
+from leafkern.ops.relative import TIES
 
-__all__ = ["KINDS", "alignment_loss", "similarity_loss"]
+__all__ = ["KINDS", "DistillTerms", "alignment_loss", "distill_loss", "similarity_loss"]
+
+
+class DistillTerms(NamedTuple):
+    """What `distill_loss` returns: scalars. Only `total` has a gradient; the terms are unweighted and detached."""
+
+    total: torch.Tensor
+    cosine: torch.Tensor
+    similarity: torch.Tensor
+    relative: torch.Tensor
 
 
 def alignment_loss(
@@ -88,6 +100,69 @@ def similarity_loss(
     ranks, everyone, target = _of_all_ranks(gather, student, target)
     loss, _ = autograd.similarity_loss(student, everyone, target, ranks.start, dims, needs_gradient(student))
     return loss_of_ranks(ranks, loss)
+
+
+def distill_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    dims: Sequence[int] | None = None,
+    weights: Sequence[float] = (10.0, 200.0, 20.0),
+    margin: float = 0.015,
+    ties: str = "skip",
+    min_gap: float = 0.0,
+    teacher_weights: Sequence[float] | None = None,
+    gather: str = "none",
+) -> DistillTerms:
+    """The loss of Jasper and Stella (arXiv 2412.19048): total = w_0 · cosine + w_1 · similarity + w_2 · relative.
+
+    cosine: mean_b 1 − n(s_b)·t_b at full width, as alignment_loss(kind="cosine"); similarity: as similarity_loss;
+    relative: as relative_similarity_loss, which defines margin, ties and min_gap. The latter two are means over the
+    prefix widths in dims, of which cosine knows nothing. t_b: as in similarity_loss, for several teachers too.
+    The paper's weights are (10, 200, 20). A term of weight 0 is not computed and returned as 0. Equals the weighted sum
+    of the three functions; the scores of all rows are formed once for both terms that need them.
+
+    student: (B, D). teacher: (B, D_t) or a list of (B, D_k); D = Σ D_k, unless weights[0] = 0: then any widths
+    (independent heads). Any float dtypes, one device. weights: three finite numbers ≥ 0.
+    gather: "ranks" gives the loss of the batch of all ranks, which may hold different numbers of rows (0 too), on every
+    rank, its gradient scaled for DistributedDataParallel's averaging; not under torch.compile. Each rank computes its
+    own rows' share of cosine and similarity and the gradient of its own rows; with a relative term every rank repeats
+    that term's work on the whole batch: all B×B scores of teacher and student, the sorts and counts of pairs.
+
+    Returns DistillTerms(total, cosine, similarity, relative), scalars in at least float32; the last three unweighted,
+    without gradient. Memory beyond copies of the inputs: (1 + 2·len(dims)) B×B matrices and what relative needs;
+    without the relative term the blocks of similarity_loss. Differentiable in the student, never in the teacher; a
+    student row of zeros has no gradient; NaN in the student propagates; B = 0 gives 0, B < 3 no relative term. Raises
+    InputError as similarity_loss does, and for wrong weights, margin, ties, min_gap or widths.
+    """
+    student, target, dims = _checked(student, teacher, dims, teacher_weights)
+    if not isinstance(weights, (list, tuple)) or len(weights) != 3:
+        raise InputError(f"weights: expected three numbers, for cosine, similarity and relative; got {weights!r}")
+    weights = [check_number(f"weights[{k}]", weight, least=0) for k, weight in enumerate(weights)]
+    if weights[0] and student.shape[1] != target.shape[1]:
+        raise InputError(
+            f"student, teacher: widths {student.shape[1]} and {target.shape[1]} differ; the cosine term compares the "
+            "student with all teachers side by side: expected the same width, or weights[0] = 0"
+        )
+    if ties not in TIES:
+        raise unknown_name("ties", ties, TIES)
+    margin, min_gap = check_number("margin", margin, least=0), check_number("min_gap", min_gap, least=0)
+    ranks, everyone, target = _of_all_ranks(gather, student, target)
+    total, *terms, _ = autograd.distill_loss(
+        student,
+        everyone,
+        target,
+        ranks.start,
+        dims,
+        weights,
+        margin,
+        ties == "reference",
+        min_gap,
+        needs_gradient(student),
+    )
+    if ranks.world > 1:
+        terms = loss_of_ranks(ranks, torch.stack(terms)).unbind()
+    return DistillTerms(loss_of_ranks(ranks, total), *terms)
 
 
 def _checked(student, teacher, dims, teacher_weights) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

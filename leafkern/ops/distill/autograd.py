@@ -4,7 +4,7 @@ import torch
 
 from leafkern.ops._core.normalize import at_least_float32, normalize_rows, normalize_rows_backward
 from leafkern.ops._core.registration import register, register_loss
-from leafkern.ops.distill.reference import KINDS, blocked_similarity_loss
+from leafkern.ops.distill.reference import KINDS, blocked_distill_loss, blocked_similarity_loss
 
 _L2SQ, _L2, _MSE, _COSINE = (KINDS.index(kind) for kind in ("l2sq", "l2", "mse", "cosine"))
 
@@ -73,5 +73,14 @@ similarity_loss = register_loss(
     " -> (Tensor loss, Tensor gradient)",
     blocked_similarity_loss,
     _loss_and_gradient_fake(1),
+    differentiable=[0],
+)
+
+distill_loss = register_loss(
+    "distill_loss(Tensor student, Tensor? everyone, Tensor target, int start, int[] dims, float[] weights,"
+    " float margin, bool reference_ties, float min_gap, bool[] needs)"
+    " -> (Tensor total, Tensor cosine, Tensor similarity, Tensor relative, Tensor gradient)",
+    blocked_distill_loss,
+    _loss_and_gradient_fake(4),
     differentiable=[0],
 )

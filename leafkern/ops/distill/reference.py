@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from leafkern.ops._core.normalize import at_least_float32, normalize_rows, normalize_rows_backward
+from leafkern.ops.relative.autograd import relative_scores
+from leafkern.ops.relative.reference import brute_relative
 
 KINDS = ("l2sq", "l2", "mse", "cosine")
 
@@ -55,6 +57,28 @@ def brute_similarity_loss(student: torch.Tensor, target: torch.Tensor, dims: Seq
     return total / (len(dims) * max(rows, 1) ** 2)
 
 
+def brute_distill_loss(
+    student: torch.Tensor,
+    target: torch.Tensor,
+    dims: Sequence[int],
+    weights: Sequence[float],
+    margin: float,
+    reference_ties: bool,
+    min_gap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """total, cosine, similarity, relative; a term of weight 0 is 0. target: unit rows."""
+    zero = student[:0].to(at_least_float32(torch.promote_types(student.dtype, target.dtype))).sum()
+    cosine = brute_cosine_loss(student, target) if weights[0] else zero
+    similarity = brute_similarity_loss(student, target, dims) if weights[1] else zero
+    relative = zero
+    for d in dims if weights[2] and len(student) else ():
+        units = torch.stack([_unit(row[:d].to(zero.dtype)) for row in student])
+        scores, teacher_scores = units @ units.T, (target @ target.T).to(zero.dtype)
+        relative = relative + brute_relative(scores, teacher_scores, margin, reference_ties, min_gap) / len(dims)
+    total = weights[0] * cosine + weights[1] * similarity + weights[2] * relative
+    return total, cosine, similarity, relative
+
+
 def _unit(x: torch.Tensor) -> torch.Tensor:
     """n(x) = x / max(‖x‖, 1e-12), n(0) = 0 with gradient 0."""
     square = x.square().sum()
@@ -75,12 +99,53 @@ def blocked_similarity_loss(
     of the inputs: two blocks of rows times B. The shares of ranks that hold all rows between them add up to the loss.
     """
     student, everyone, target = _wide(student, everyone, target)
-    gradient = torch.zeros_like(student) if needs[0] else student.new_empty(0)
+    gradient = student.new_zeros(student.shape) if needs[0] else student.new_empty(0)
     units = [normalize_rows(everyone[:, :d]) for d in dims]
     loss, grads = _similarity_by_blocks(units, target, start, student.shape[0], needs[0])
     if needs[0]:
         _add_unit_gradients(gradient, student, dims, grads)
     return loss, gradient
+
+
+def blocked_distill_loss(
+    student: torch.Tensor,
+    everyone: torch.Tensor | None,
+    target: torch.Tensor,
+    start: int,
+    dims: Sequence[int],
+    weights: Sequence[float],
+    margin: float,
+    reference_ties: bool,
+    min_gap: float,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The share of rows [start, start + b) in the total and its three terms, and these rows' gradient of the total.
+
+    Arguments as in blocked_similarity_loss. A term of weight 0 is 0 and takes no work; without the relative term
+    nothing takes B×B memory. Every rank computes the whole relative term and reports b / B of it.
+    """
+    student, everyone, target = _wide(student, everyone, target)
+    rows, batch = student.shape[0], max(target.shape[0], 1)
+    cosine, similarity, relative = (student.new_zeros(()) for _ in range(3))
+    gradient = student.new_zeros(student.shape) if needs[0] else student.new_empty(0)
+    if weights[0]:
+        own = target[start : start + rows]
+        cosine = (1 - (normalize_rows(student) * own).sum(-1)).sum() / batch
+        if needs[0]:
+            gradient += normalize_rows_backward(own * (-weights[0] / batch), student)
+    if weights[1] or weights[2]:
+        units = [normalize_rows(everyone[:, :d]) for d in dims]
+        if weights[2]:
+            similarity, relative, grads = _similarity_and_relative(
+                units, target, start, rows, weights, margin, reference_ties, min_gap, needs[0]
+            )
+        else:
+            similarity, grads = _similarity_by_blocks(units, target, start, rows, needs[0])
+            grads = [grad.mul_(weights[1]) for grad in grads]
+        if needs[0]:
+            _add_unit_gradients(gradient, student, dims, grads)
+    total = weights[0] * cosine + weights[1] * similarity + weights[2] * relative
+    return total, cosine, similarity, relative, gradient
 
 
 def _wide(student, everyone, target):
@@ -104,23 +169,51 @@ def _similarity_by_blocks(units, target, start, rows, wanted):
     scale = 1 / (len(units) * max(batch, 1) ** 2)
     loss = target.new_zeros(())
     grads = [unit.new_zeros(rows, unit.shape[1]) for unit in units] if wanted else []
-    # With the whole batch here, scores left of a diagonal block mirror those above it.
+    # With the whole batch here, scores left of a diagonal block mirror those of blocks above it.
     whole, step = rows == batch, _block_rows(target)
     for first in range(start, start + rows, step):
         last = min(first + step, start + rows)
-        begin = first if whole else 0
+        begin, mirrored = (first, last < batch) if whole else (0, False)
         teacher_scores = target[first:last] @ target[begin:].T
         for k, unit in enumerate(units):
             error = (unit[first:last] @ unit[begin:].T).sub_(teacher_scores)
             if wanted:
                 grads[k][first - start : last - start].addmm_(error, unit[begin:], alpha=4 * scale)
-                if whole:
+                if mirrored:
                     grads[k][last:].addmm_(error[:, last - first :].T, unit[first:last], alpha=4 * scale)
             error.square_()
             loss += error.sum()
-            if whole:
+            if mirrored:
                 loss += error[:, last - first :].sum()
     return loss * scale, grads
+
+
+def _similarity_and_relative(units, target, start, rows, weights, margin, reference_ties, min_gap, wanted):
+    """Both terms' shares and the gradients of their weighted sum with respect to own rows of `units`, one each width.
+
+    One Gram matrix for the teacher and one per width serve both terms; one matrix product per width gives the gradient.
+    """
+    batch = target.shape[0]
+    widths, entries = len(units), max(batch, 1) ** 2
+    own = slice(start, start + rows)
+    teacher_scores = target @ target.T
+    scores = torch.empty(widths, batch, batch, dtype=target.dtype, device=target.device)
+    for unit, out in zip(units, scores):
+        torch.mm(unit, unit.T, out=out)
+    losses, pairs = relative_scores(scores, teacher_scores, margin, reference_ties, min_gap, wanted)
+    relative = losses.sum() * (rows / (widths * max(batch, 1)))
+    similarity, grads = target.new_zeros(()), []
+    for k, unit in enumerate(units):
+        error = scores[k, own].sub_(teacher_scores[own])
+        if wanted:
+            # A pair's gradient is stored once, above the diagonal, and reaches both of its rows.
+            slope = (pairs[k, own] + pairs[k, :, own].T).mul_(weights[2] / widths)
+            if weights[1]:
+                slope.add_(error, alpha=4 * weights[1] / (widths * entries))
+            grads.append(slope @ unit)
+        if weights[1]:
+            similarity += error.square_().sum() / (widths * entries)
+    return similarity, relative, grads
 
 
 def _add_unit_gradients(gradient, student, dims, grads):
