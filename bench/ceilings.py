@@ -71,7 +71,7 @@ def native_loops() -> ctypes.CDLL | None:
         if subprocess.run(command, capture_output=True).returncode:
             return None
         library = ctypes.CDLL(str(target))
-    for name in (*LOOPS, "read_memory", "copy_memory"):
+    for name in (*LOOPS, "read_memory", "copy_memory", "sort_keyed"):
         if hasattr(library, name):
             getattr(library, name).restype = ctypes.c_double
     return library

@@ -1,6 +1,7 @@
 // Loops that keep one execution unit busy from registers or L1: the ceilings that a kernel's speed is set against.
 // Built at run time by ceilings.py and called through ctypes; every function returns how many operations it did.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -29,6 +30,18 @@ extern "C" double read_memory(const uint64_t *data, long words, uint64_t *sink) 
 extern "C" double copy_memory(uint64_t *to, const uint64_t *from, long words) {
     std::memcpy(to, from, 8 * words);
     return 16.0 * words;
+}
+
+struct Keyed {
+    float key;
+    int32_t payload;
+};
+
+// One thread's std::sort of float keys that carry an index, in `space`, as a plain program would sort scores.
+extern "C" double sort_keyed(const float *keys, long count, Keyed *space) {
+    for (long i = 0; i < count; ++i) space[i] = {keys[i], int32_t(i)};
+    std::sort(space, space + count, [](const Keyed &a, const Keyed &b) { return a.key < b.key; });
+    return double(count);
 }
 
 #if defined(__x86_64__)

@@ -1,12 +1,21 @@
-"""alignment_loss against its definition, its gradients, its edge cases, and torch.compile."""
+"""alignment_loss and distill_loss against their definitions, their gradients, their edge cases, and torch.compile."""
+
+import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tolerances import TOLERANCE
 
 from leafkern.errors import InputError
-from leafkern.ops import alignment_loss
-from leafkern.ops.distill.reference import KINDS, brute_alignment_loss
+from leafkern.ops import DistillTerms, alignment_loss, distill_loss, relative_similarity_loss, similarity_loss
+from leafkern.ops._core.normalize import normalize_rows
+from leafkern.ops.distill import reference
+from leafkern.ops.distill.reference import KINDS, brute_alignment_loss, brute_distill_loss
+
+OP = torch.ops.leafkern.distill_loss.default
+JASPER = (10.0, 200.0, 20.0)
 
 
 def pair(rows, width, dtype=torch.float64):
@@ -17,7 +26,7 @@ def pair(rows, width, dtype=torch.float64):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 13), (32, 384)])
-def test_equals_definition(kind, dtype, rows, width):
+def test_alignment_equals_definition(kind, dtype, rows, width):
     student, teacher = pair(rows, width, dtype)
     loss = alignment_loss(student, teacher, kind=kind)
     (grad,) = torch.autograd.grad(loss, student)
@@ -32,7 +41,7 @@ def test_equals_definition(kind, dtype, rows, width):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(kind):
+def test_alignment_gradcheck(kind):
     student, teacher = pair(5, 4)
     assert torch.autograd.gradcheck(lambda s: alignment_loss(s, teacher, kind=kind), student)
 
@@ -65,7 +74,7 @@ def test_cosine_below_the_clamp():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_rows(kind):
+def test_alignment_of_no_rows(kind):
     student = torch.zeros(0, 8, requires_grad=True)
     loss = alignment_loss(student, torch.zeros(0, 8), kind=kind)
     loss.backward()
@@ -73,14 +82,14 @@ def test_no_rows(kind):
     assert student.grad.shape == (0, 8)
 
 
-def test_teacher_gets_no_gradient():
+def test_alignment_teacher_gets_no_gradient():
     student, teacher = pair(4, 5)
     teacher.requires_grad_()
     alignment_loss(student, teacher).backward()
     assert teacher.grad is None
 
 
-def test_nan_of_the_student_propagates():
+def test_alignment_nan_of_the_student_propagates():
     student, teacher = pair(4, 5)
     with torch.no_grad():
         student[2, 1] = torch.nan
@@ -88,7 +97,7 @@ def test_nan_of_the_student_propagates():
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
-def test_bad_teacher_row_is_named(bad):
+def test_alignment_bad_teacher_row_is_named(bad):
     student, teacher = pair(4, 5)
     teacher[3] = bad
     with pytest.raises(InputError, match="teacher: row 3"):
@@ -105,21 +114,337 @@ def test_bad_teacher_row_is_named(bad):
         (torch.zeros(2, 3), torch.ones(2, 3), "l2_sq", "did you mean 'l2sq'"),
     ],
 )
-def test_wrong_arguments(student, teacher, kind, message):
+def test_alignment_wrong_arguments(student, teacher, kind, message):
     with pytest.raises(InputError, match=message):
         alignment_loss(student, teacher, kind=kind)
 
 
+def test_alignment_of_one_process_is_that_of_all_ranks():
+    student, teacher = pair(4, 5)
+    assert torch.equal(alignment_loss(student, teacher, gather="ranks"), alignment_loss(student, teacher))
+    with pytest.raises(InputError, match=r"gather.*did you mean 'ranks'"):
+        alignment_loss(student, teacher, gather="rank")
+
+
 @pytest.mark.parametrize("kind", range(len(KINDS)))
-def test_opcheck(kind):
+def test_alignment_opcheck(kind):
     student, teacher = pair(5, 6, torch.float32)
     torch.library.opcheck(torch.ops.leafkern.alignment_loss.default, (student, teacher, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_equals_eager(kind):
+def test_alignment_compiled_equals_eager(kind):
     student, teacher = pair(6, 7, torch.float32)
+    torch.compiler.reset()
     compiled = torch.compile(lambda s, t: alignment_loss(s, t, kind=kind), fullgraph=True, backend="aot_eager")
     eager_loss, loss = alignment_loss(student, teacher, kind=kind), compiled(student, teacher)
     assert torch.equal(eager_loss, loss)
     assert torch.equal(*(torch.autograd.grad(x, student)[0] for x in (eager_loss, loss)))
+
+
+def value_and_gradient(function, student):
+    """The terms that `function` returns, detached, and the gradient of the first."""
+    student = student.detach().clone().requires_grad_()
+    terms = function(student)
+    terms = terms if isinstance(terms, tuple) else (terms,)
+    (grad,) = torch.autograd.grad(terms[0], student)
+    return *(term.detach() for term in terms), grad
+
+
+def assert_near(actual, expected, dtype):
+    """Values and gradients within the table's relative error; where they vanish, within rounding of numbers near 1."""
+    floor = 1e-12 if dtype == torch.float64 else 1e-6
+    for x, y in zip(actual, expected, strict=True):
+        assert x.shape == y.shape
+        assert (x.double() - y).norm() <= TOLERANCE[dtype] * y.norm() + floor
+
+
+def brute(student, teacher, dims, weights=JASPER, margin=0.015, ties="skip", min_gap=0.0):
+    """brute_distill_loss and its gradient in float64."""
+    target, ties = normalize_rows(teacher.double()), ties == "reference"
+    return value_and_gradient(
+        lambda s: brute_distill_loss(s, target, dims, weights, margin, ties, min_gap), student.double()
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dims", [None, [10, 4, 1]])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 8])
+def test_equals_definition(dtype, dims, rows):
+    student, teacher = pair(rows, 10, dtype)
+    options = {"margin": 0.1, "ties": "reference", "min_gap": 0.05} if rows % 2 else {}
+    actual = value_and_gradient(lambda s: distill_loss(s, teacher, dims=dims, **options), student)
+    assert all(x.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) for x in actual[:4])
+    assert actual[4].dtype == dtype
+    assert_near(actual, brute(student, teacher, dims or [10], **options), dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from(list(TOLERANCE)),
+    rows=st.integers(0, 7),
+    width=st.integers(1, 12),
+    weights=st.tuples(*(st.sampled_from([0.0, 0.5, 20.0]),) * 3),
+    data=st.data(),
+)
+def test_any_shape_and_weights(dtype, rows, width, weights, data):
+    dims = data.draw(st.lists(st.integers(1, width), min_size=1, max_size=3, unique=True).map(sorted))[::-1]
+    student, teacher = pair(rows, width, dtype)
+    actual = value_and_gradient(lambda s: distill_loss(s, teacher, dims=dims, weights=weights), student)
+    assert_near(actual, brute(student, teacher, dims, weights), dtype)
+
+
+@pytest.mark.parametrize("ties", ["skip", "reference"])
+def test_exact_ties(ties):
+    # One-hot teachers' scores are exactly 0 or 1, so most pairs tie.
+    teacher = torch.eye(3, dtype=torch.float64)[[0, 1, 0, 2, 1, 0]]
+    student = torch.randn(6, 3, dtype=torch.float64)
+    actual = value_and_gradient(lambda s: distill_loss(s, teacher, ties=ties), student)
+    assert_near(actual, brute(student, teacher, [3], ties=ties), torch.float64)
+    other = distill_loss(student, teacher, ties="skip" if ties == "reference" else "reference")
+    assert (other.relative - actual[3]).abs() > 1e-6
+
+
+@pytest.mark.parametrize("weights", list(itertools.product([0.0, 3.0], repeat=3)))
+def test_gradcheck(weights):
+    student, teacher = pair(6, 4)
+    assert torch.autograd.gradcheck(
+        lambda s: distill_loss(s, teacher, dims=[4, 2], weights=weights).total, student, atol=1e-6
+    )
+
+
+def test_equals_the_separate_functions():
+    student, teacher = pair(9, 12)
+    shared = {"dims": [12, 5], "teacher_weights": [1.0, 2.0]}
+    relative = {"margin": 0.1, "ties": "reference", "min_gap": 0.01}
+    teachers = [teacher[:, :8], teacher[:, 8:]]
+    side_by_side = torch.cat([normalize_rows(teachers[0]), 2**0.5 * normalize_rows(teachers[1])], dim=1)
+
+    def separate(s):
+        cosine = alignment_loss(s, side_by_side, kind="cosine")
+        similarity = similarity_loss(s, teachers, **shared)
+        relatives = relative_similarity_loss(s, teachers, **shared, **relative)
+        return 3 * cosine + 50 * similarity + 7 * relatives, cosine, similarity, relatives
+
+    actual = value_and_gradient(lambda s: distill_loss(s, teachers, weights=(3, 50, 7), **shared, **relative), student)
+    assert_near(actual, value_and_gradient(separate, student), torch.float64)
+
+
+@pytest.mark.parametrize("weights", list(itertools.product([0.0, 3.0], repeat=3)))
+def test_a_weight_of_zero_skips_its_term(weights, monkeypatch):
+    student, teacher = pair(6, 4)
+
+    def refuse(*_):
+        raise AssertionError("a skipped term was computed")
+
+    if not weights[1] or weights[2]:
+        monkeypatch.setattr(reference, "_similarity_by_blocks", refuse)
+    if not weights[2]:
+        monkeypatch.setattr(reference, "relative_scores", refuse)
+    full = brute(student, teacher, [4])
+    actual = value_and_gradient(lambda s: distill_loss(s, teacher, weights=weights), student)
+    total = sum(weight * term for weight, term in zip(weights, full[1:4]))
+    torch.testing.assert_close(actual[0], torch.as_tensor(total, dtype=torch.float64))
+    for weight, term, expected in zip(weights, actual[1:4], full[1:4]):
+        torch.testing.assert_close(term, expected if weight else torch.zeros_like(expected))
+    if not any(weights):
+        assert (actual[4] == 0).all()
+
+
+def test_terms_are_unweighted_and_detached():
+    student, teacher = pair(6, 4)
+    terms = distill_loss(student, teacher)
+    assert isinstance(terms, DistillTerms)
+    assert terms._fields == ("total", "cosine", "similarity", "relative")
+    assert [term.requires_grad for term in terms] == [True, False, False, False]
+    torch.testing.assert_close(terms.total, 10 * terms.cosine + 200 * terms.similarity + 20 * terms.relative)
+    assert not distill_loss(student.detach(), teacher).total.requires_grad
+
+
+def test_teacher_as_student():
+    student = torch.randn(7, 9)
+    *terms, grad = value_and_gradient(lambda s: distill_loss(s, student, weights=(10, 200, 0)), student)
+    assert terms[2] == 0
+    assert terms[1].abs() <= 1e-6
+    assert grad.norm() <= 1e-5
+    # Scores that already lie in the teacher's order by more than the margin add nothing.
+    assert distill_loss(torch.eye(3), torch.eye(3), margin=0.0).relative == 0
+
+
+def test_independent_heads():
+    student, teacher = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 9, dtype=torch.float64)
+    with pytest.raises(InputError, match=r"student, teacher: widths 4 and 9.*weights\[0\] = 0"):
+        distill_loss(student, teacher)
+    with pytest.raises(InputError, match="student, teacher: widths 9 and 18"):
+        distill_loss(teacher, [teacher, teacher])
+    actual = value_and_gradient(lambda s: distill_loss(s, teacher, weights=(0, 200, 20)), student)
+    assert actual[1] == 0
+    assert_near(actual, brute(student, teacher, [4], (0.0, 200.0, 20.0)), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_one_teacher_in_a_list(dtype):
+    student, teacher = pair(6, 5, dtype)
+    both = [distill_loss(student, t, teacher_weights=w) for t, w in ((teacher, None), ([teacher], [0.7]))]
+    assert all(torch.equal(x, y) for x, y in zip(*both))
+
+
+def test_prefixes_equal_slices():
+    student, teacher = pair(7, 12)
+    weights = (0.0, 200.0, 20.0)
+    actual = value_and_gradient(lambda s: distill_loss(s, teacher, dims=[9, 4], weights=weights).total, student)
+    expected = value_and_gradient(
+        lambda s: sum(distill_loss(s[:, :d].contiguous(), teacher, weights=weights).total for d in (9, 4)) / 2, student
+    )
+    assert (actual[1][:, 9:] == 0).all()
+    assert_near(actual, expected, torch.float64)
+
+
+def test_cosine_ignores_dims():
+    student, teacher = pair(7, 12)
+    full = value_and_gradient(lambda s: distill_loss(s, teacher, weights=(1, 0, 0)), student)
+    actual = value_and_gradient(lambda s: distill_loss(s, teacher, dims=[3], weights=(1, 0, 0)), student)
+    assert all(torch.equal(x, y) for x, y in zip(actual, full))
+
+
+def test_permutation_of_the_batch():
+    student, teacher = pair(8, 6)
+    order = torch.randperm(8)
+    *terms, grad = value_and_gradient(lambda s: distill_loss(s, teacher, dims=[6, 3]), student)
+    permuted = value_and_gradient(lambda s: distill_loss(s, teacher[order], dims=[6, 3]), student[order])
+    assert_near(permuted, (*terms, grad[order]), torch.float64)
+
+
+@pytest.mark.parametrize("weights", [JASPER, (10.0, 200.0, 0.0), (0.0, 0.0, 20.0), (1.0, 0.0, 0.0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("counts", [(8,), (3, 5), (1, 0, 5, 2), (0, 8, 0)])
+def test_shares_of_rows_add_up(weights, dtype, counts):
+    student, teacher = pair(8, 6, dtype)
+    student, target = student.detach(), normalize_rows(teacher.to(torch.promote_types(dtype, torch.float32)))
+    options = ([6, 2], weights, 0.015, False, 0.0, [True])
+    ends = list(itertools.accumulate(counts))
+    shares = [OP(student[e - c : e], student, target, e - c, *options) for c, e in zip(counts, ends)]
+    sums = [sum(values) for values in list(zip(*shares))[:4]]
+    whole = OP(student, None, target, 0, *options)
+    assert_near((*sums, torch.cat([share[4] for share in shares])), whole, dtype)
+
+
+def test_uninitialised_memory_is_never_read(monkeypatch):
+    student, teacher = pair(7, 6)
+    expected = value_and_gradient(lambda s: distill_loss(s, teacher, dims=[6, 2]), student)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        actual = value_and_gradient(lambda s: distill_loss(s, teacher, dims=[6, 2]), student)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected))
+
+
+def test_zero_and_tiny_student_rows():
+    student, teacher = pair(5, 6)
+    with torch.no_grad():
+        student[1] = 0
+        student[3] *= 1e-14
+        student[4, :2] = 0
+    *terms, grad = value_and_gradient(lambda s: distill_loss(s, teacher, dims=[6, 2]), student)
+    *expected, expected_grad = brute(student, teacher, [6, 2])
+    assert (grad[1] == 0).all()
+    # Each row by itself: the tiny row's gradient is 1e12 times the others'.
+    assert_near((*terms, *grad), (*expected, *expected_grad), torch.float64)
+    cosine = value_and_gradient(lambda s: distill_loss(s, teacher, weights=(1, 0, 0)), student)
+    alignment = value_and_gradient(lambda s: alignment_loss(s, teacher, kind="cosine"), student)
+    assert_near((cosine[0], *cosine[4]), (alignment[0], *alignment[1]), torch.float64)
+
+
+def test_nan_of_the_student_propagates():
+    student, teacher = pair(4, 5)
+    with torch.no_grad():
+        student[2, 1] = torch.nan
+    terms = distill_loss(student, teacher)
+    assert all(term.isnan() for term in terms)
+    terms.total.backward()
+    assert student.grad.isnan().any()
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_bad_teacher_row_is_named(bad):
+    student, teacher = pair(4, 5)
+    teacher[3] = bad
+    with pytest.raises(InputError, match=r"teacher\[1\]: row 3"):
+        distill_loss(student, [torch.ones(4, 2), teacher[:, :3]])
+
+
+def test_teacher_gets_no_gradient():
+    student, teacher = pair(4, 5)
+    teacher.requires_grad_()
+    distill_loss(student, teacher).total.backward()
+    assert teacher.grad is None
+
+
+def test_one_process_is_all_ranks():
+    student, teacher = pair(5, 4)
+    alone = value_and_gradient(lambda s: distill_loss(s, teacher), student)
+    actual = value_and_gradient(lambda s: distill_loss(s, teacher, gather="ranks"), student)
+    assert all(torch.equal(x, y) for x, y in zip(actual, alone))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": (1, 2)}, "weights: expected three numbers"),
+        ({"weights": 1.0}, "weights: expected three numbers"),
+        ({"weights": (1, -2, 3)}, r"weights\[1\]: expected a finite number of at least 0; got -2"),
+        ({"weights": (1, 2, float("nan"))}, r"weights\[2\]: expected a finite number"),
+        ({"weights": (float("inf"), 2, 0)}, r"weights\[0\]: expected a finite number"),
+        ({"weights": ("1", 2, 0)}, r"weights\[0\]: expected a finite number"),
+        ({"dims": [2, 4]}, "dims: expected descending, unique"),
+        ({"dims": [5]}, "dims: expected prefix widths from 1 to 4"),
+        ({"ties": "skipped"}, "ties: unknown name 'skipped'; did you mean 'skip'"),
+        ({"margin": float("nan")}, "margin: expected a finite number"),
+        ({"margin": -0.1}, "margin: expected a finite number of at least 0"),
+        ({"min_gap": -0.1}, "min_gap: expected a finite number of at least 0"),
+        ({"teacher_weights": [1, 1]}, "teacher_weights: 2 numbers"),
+        ({"gather": "all"}, "gather: unknown name 'all'"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    student, teacher = pair(3, 4)
+    with pytest.raises(InputError, match=message):
+        distill_loss(student, teacher, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    student, teacher = pair(8, 16, dtype)
+
+    def run(enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return value_and_gradient(lambda s: distill_loss(s, teacher, dims=[16, 4]), student)
+
+    assert all(torch.equal(x, y) for x, y in zip(run(True), run(False)))
+
+
+@pytest.mark.parametrize("weights", [JASPER, (10.0, 200.0, 0.0)])
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("share", [True, False])
+def test_opcheck(weights, wanted, share):
+    student, teacher = pair(5, 6, torch.float32)
+    student = student.detach()
+    own = (student[1:3].clone() if share else student).requires_grad_(wanted)
+    everyone = student.detach().clone() if share else None
+    torch.library.opcheck(OP, (own, everyone, teacher, int(share), [6, 2], weights, 0.015, False, 0.0, [wanted]))
+
+
+@pytest.mark.parametrize("weights", [JASPER, (10.0, 200.0, 0.0)])
+def test_compiled_equals_eager(weights):
+    student, teacher = pair(6, 7, torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda s, t: distill_loss(s, t, dims=[7, 3], weights=weights), fullgraph=True, backend="aot_eager"
+    )
+    eager = value_and_gradient(lambda s: distill_loss(s, teacher, dims=[7, 3], weights=weights), student)
+    actual = value_and_gradient(lambda s: compiled(s, teacher), student)
+    assert all(torch.equal(x, y) for x, y in zip(actual, eager))
+    assert [term.requires_grad for term in compiled(student, teacher)] == [True, False, False, False]

@@ -89,14 +89,20 @@ def test_kernels_under_sanitizers(sources, sanitizer, library):
         pytest.skip(f"{library} is not installed")
     flags = f"-fsanitize={sanitizer} -fno-sanitize-recover=all -O1"
     site, _ = install(sources, LEAFKERN_NATIVE="1", LEAFKERN_CXXFLAGS=flags)
-    chosen = "definition or every_thread or saturate or view or beyond or equal_scores"
+    chosen = {
+        "test_retrieval.py": "definition or every_thread or saturate or view or beyond or equal_scores",
+        "test_relative.py": "native_equals_brute or every_number or finite or triangles or any_scores",
+    }
     if sanitizer == "thread":
         # Torch's own threads are not instrumented; only the kernels' pool is watched, by a program of our own.
         done = run(site, "-c", POOL, LD_PRELOAD=found, TSAN_OPTIONS="halt_on_error=1 exitcode=66", OMP_NUM_THREADS="1")
     else:
-        tests = ROOT / "tests" / "ops" / "test_retrieval.py"
-        command = ["-m", "pytest", "-x", "-q", "-s", "--rootdir", site, "-c", "/dev/null", "-k", chosen, tests]
-        done = run(site, *command, LD_PRELOAD=found, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="1")
+        folder = ROOT / "tests" / "ops"
+        options = ["-x", "-q", "-s", "--rootdir", site, "-c", "/dev/null"]
+        for file, names in chosen.items():
+            command = ["-m", "pytest", *options, "-k", names, folder / file]
+            done = run(site, *command, LD_PRELOAD=found, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="1")
+            assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
@@ -113,9 +119,19 @@ def search(threads):
     pointers = [part.ctypes.data for part in (u, codes, scores, ids, space)]
     _C.search(*sizes, *pointers, len(space))
     return ids
-expected = search(1)
-workers = [threading.Thread(target=lambda: [search(4) for _ in range(20)]) for _ in range(3)]
+student, teacher = rng.standard_normal((2, 300, 300)), rng.standard_normal((300, 300)).round(2)
+def relative(threads, ties, gap):
+    loss, gradient = np.empty(2), np.empty((2, 300, 300))
+    sizes = (True, 300, 2, threads)
+    space = np.empty(_C.relative_workspace(*sizes), np.uint8)
+    pointers = [part.ctypes.data for part in (student, teacher, loss, gradient, space)]
+    _C.relative(*sizes, 0.015, gap, ties, *pointers, len(space))
+    return gradient
+def both(threads):
+    return [search(threads)] + [relative(threads, ties, gap) for ties in (False, True) for gap in (0.0, 0.5)]
+expected = both(1)
+workers = [threading.Thread(target=lambda: [both(4) for _ in range(10)]) for _ in range(3)]
 for worker in workers: worker.start()
 for worker in workers: worker.join()
-assert np.array_equal(search(4), expected)
+assert all(np.array_equal(x, y) for x, y in zip(both(4), expected))
 """

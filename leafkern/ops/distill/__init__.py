@@ -1,17 +1,42 @@
 """Losses that pull a student's vectors towards a teacher's."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
 from leafkern.errors import InputError, unknown_name
 from leafkern.ops._core.backend import choose
-from leafkern.ops._core.checks import check_finite_rows, check_floating, check_nonzero_rows, check_same_device
+from leafkern.ops._core.checks import (
+    check_dims,
+    check_finite_rows,
+    check_floating,
+    check_nonzero_rows,
+    check_number,
+    check_same_device,
+)
+from leafkern.ops._core.ranks import Ranks, gather_constant, loss_of_ranks, ranks_of
+from leafkern.ops._core.registration import needs_gradient
+from leafkern.ops._core.teachers import unit_target
 from leafkern.ops.distill import autograd
 from leafkern.ops.distill.reference import KINDS
+from leafkern.ops.relative import TIES
 
-__all__ = ["KINDS", "alignment_loss"]
+__all__ = ["KINDS", "DistillTerms", "alignment_loss", "distill_loss", "similarity_loss"]
 
 
-def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, *, kind: str = "l2sq") -> torch.Tensor:
+class DistillTerms(NamedTuple):
+    """What `distill_loss` returns: scalars. Only `total` has a gradient; the terms are unweighted and detached."""
+
+    total: torch.Tensor
+    cosine: torch.Tensor
+    similarity: torch.Tensor
+    relative: torch.Tensor
+
+
+def alignment_loss(
+    student: torch.Tensor, teacher: torch.Tensor, *, kind: str = "l2sq", gather: str = "none"
+) -> torch.Tensor:
     """Distance between a student's vectors s_b and the teacher's t_b, as LEAF regresses them (arXiv 2509.12539).
 
     kind: "l2sq" mean_b ‖s_b − t_b‖²; "l2" mean_b ‖s_b − t_b‖; "mse" mean over all B·D entries of (s − t)²;
@@ -20,6 +45,8 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, *, kind: str = 
 
     student, teacher: (B, D), any float dtypes, one device. Returns a scalar in at least float32. Differentiable in the
     student, never in the teacher; finite also where s_b = t_b and, for "cosine", where s_b = 0 (gradient 0 there).
+    gather: "ranks" gives the loss of the batch of all ranks, which may hold different numbers of rows (0 too), on every
+    rank, its gradient scaled for DistributedDataParallel's averaging; not under torch.compile.
     B = 0 gives 0. Raises InputError for shapes that differ, an unknown kind and, where values are checked (CPU, or
     LEAFKERN_CHECK=1), for a teacher row that is zero, NaN or infinite; NaN in the student propagates.
     """
@@ -35,4 +62,121 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, *, kind: str = 
     check_finite_rows("teacher", teacher)
     check_nonzero_rows("teacher", teacher)
     choose("distill", {"reference": None})
-    return autograd.alignment_loss(student, teacher.detach(), KINDS.index(kind))
+    ranks = ranks_of(gather, "student", student)
+    loss = autograd.alignment_loss(student, teacher.detach(), KINDS.index(kind))
+    if ranks.world > 1:
+        loss = loss * (student.shape[0] / max(ranks.total, 1))
+    return loss_of_ranks(ranks, loss)
+
+
+def similarity_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    dims: Sequence[int] | None = None,
+    teacher_weights: Sequence[float] | None = None,
+    gather: str = "none",
+) -> torch.Tensor:
+    """Squared error of the student's cosines, as Jasper and Stella distil them (arXiv 2412.19048, similarity loss).
+
+    Mean over the prefix widths d in dims and over all B·B entries, the diagonal included, of (s_i·s_j − t_i·t_j)²:
+    s_i = n(student_i[:d]), n(x) = x / max(‖x‖, 1e-12); t_i = n(teacher_i), full width for every d. For several
+    teachers t_i = n(concat_k √w_k n(teacher_k,i)): t_i·t_j is the weighted mean of the teachers' cosines.
+
+    student: (B, D). teacher: (B, D_t) or a list of (B, D_k), of any widths. Any float dtypes, one device.
+    dims: descending, unique, ≤ D; None: D alone. teacher_weights: w_k ≥ 0, not all 0; None: equal.
+    gather: "ranks" gives the loss of the batch of all ranks, which may hold different numbers of rows (0 too), on every
+    rank, its gradient scaled for DistributedDataParallel's averaging; each rank computes its own rows against all rows,
+    nothing twice; not under torch.compile.
+
+    Returns a scalar in at least float32; computes value and gradient together, in blocks of rows: 2·B²·(Σ dims + D_t)
+    operations for the value, down to half where one process holds the batch, and 2·B²·Σ dims for the gradient.
+    Memory beyond copies of the inputs: two blocks of 16 MiB (CUDA: 256 MiB), or of one row's B scores if that is more.
+    Differentiable in the student, never in the teacher; a student row of zeros has no gradient; NaN in the student
+    propagates; B = 0 gives 0. Raises InputError for wrong shapes, dims or weights and, where values are checked (CPU,
+    or LEAFKERN_CHECK=1), for a teacher row that is zero, NaN or infinite.
+    """
+    student, target, dims = _checked(student, teacher, dims, teacher_weights)
+    ranks, everyone, target = _of_all_ranks(gather, student, target)
+    loss, _ = autograd.similarity_loss(student, everyone, target, ranks.start, dims, needs_gradient(student))
+    return loss_of_ranks(ranks, loss)
+
+
+def distill_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    dims: Sequence[int] | None = None,
+    weights: Sequence[float] = (10.0, 200.0, 20.0),
+    margin: float = 0.015,
+    ties: str = "skip",
+    min_gap: float = 0.0,
+    teacher_weights: Sequence[float] | None = None,
+    gather: str = "none",
+) -> DistillTerms:
+    """The loss of Jasper and Stella (arXiv 2412.19048): total = w_0 · cosine + w_1 · similarity + w_2 · relative.
+
+    cosine: mean_b 1 − n(s_b)·t_b at full width, as alignment_loss(kind="cosine"); similarity: as similarity_loss;
+    relative: as relative_similarity_loss, which defines margin, ties and min_gap. The latter two are means over the
+    prefix widths in dims, of which cosine knows nothing. t_b: as in similarity_loss, for several teachers too.
+    The paper's weights are (10, 200, 20). A term of weight 0 is not computed and returned as 0. Equals the weighted sum
+    of the three functions; the scores of all rows are formed once for both terms that need them.
+
+    student: (B, D). teacher: (B, D_t) or a list of (B, D_k); D = Σ D_k, unless weights[0] = 0: then any widths
+    (independent heads). Any float dtypes, one device. weights: three finite numbers ≥ 0.
+    gather: "ranks" gives the loss of the batch of all ranks, which may hold different numbers of rows (0 too), on every
+    rank, its gradient scaled for DistributedDataParallel's averaging; not under torch.compile. Each rank computes its
+    own rows' share of cosine and similarity and the gradient of its own rows; with a relative term every rank repeats
+    that term's work on the whole batch: all B×B scores of teacher and student, the sorts and counts of pairs.
+
+    Returns DistillTerms(total, cosine, similarity, relative), scalars in at least float32; the last three unweighted,
+    without gradient. Memory beyond copies of the inputs: (1 + 2·len(dims)) B×B matrices and what relative needs;
+    without the relative term the blocks of similarity_loss. Differentiable in the student, never in the teacher; a
+    student row of zeros has no gradient; NaN in the student propagates; B = 0 gives 0, B < 3 no relative term. Raises
+    InputError as similarity_loss does, and for wrong weights, margin, ties, min_gap or widths.
+    """
+    student, target, dims = _checked(student, teacher, dims, teacher_weights)
+    if not isinstance(weights, (list, tuple)) or len(weights) != 3:
+        raise InputError(f"weights: expected three numbers, for cosine, similarity and relative; got {weights!r}")
+    weights = [check_number(f"weights[{k}]", weight, least=0) for k, weight in enumerate(weights)]
+    if weights[0] and student.shape[1] != target.shape[1]:
+        raise InputError(
+            f"student, teacher: widths {student.shape[1]} and {target.shape[1]} differ; the cosine term compares the "
+            "student with all teachers side by side: expected the same width, or weights[0] = 0"
+        )
+    if ties not in TIES:
+        raise unknown_name("ties", ties, TIES)
+    margin, min_gap = check_number("margin", margin, least=0), check_number("min_gap", min_gap, least=0)
+    ranks, everyone, target = _of_all_ranks(gather, student, target)
+    total, *terms, _ = autograd.distill_loss(
+        student,
+        everyone,
+        target,
+        ranks.start,
+        dims,
+        weights,
+        margin,
+        ties == "reference",
+        min_gap,
+        needs_gradient(student),
+    )
+    if ranks.world > 1:
+        terms = loss_of_ranks(ranks, torch.stack(terms)).unbind()
+    return DistillTerms(loss_of_ranks(ranks, total), *terms)
+
+
+def _checked(student, teacher, dims, teacher_weights) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """The student, the teachers' target and the prefix widths, once they are found to be right."""
+    student = check_floating("student", student, ndim=2)
+    dims = check_dims(dims, student.shape[1])
+    target = unit_target(student, teacher, teacher_weights)
+    choose("distill", {"reference": None})
+    return student, target, dims
+
+
+def _of_all_ranks(gather, student, target) -> tuple[Ranks, torch.Tensor | None, torch.Tensor]:
+    """Who holds which rows; all ranks' students, None if there is one rank; all ranks' targets."""
+    ranks = ranks_of(gather, "student", student)
+    if ranks.world == 1:
+        return ranks, None, target
+    return ranks, gather_constant(ranks, student), gather_constant(ranks, target)

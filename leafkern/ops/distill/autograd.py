@@ -1,10 +1,10 @@
-"""Forward/backward pair of the alignment loss and its registration with torch.library."""
+"""Registration of the distillation losses with torch.library; forward/backward pair of the alignment loss."""
 
 import torch
 
 from leafkern.ops._core.normalize import at_least_float32, normalize_rows, normalize_rows_backward
-from leafkern.ops._core.registration import register
-from leafkern.ops.distill.reference import KINDS
+from leafkern.ops._core.registration import register, register_loss
+from leafkern.ops.distill.reference import KINDS, blocked_distill_loss, blocked_similarity_loss
 
 _L2SQ, _L2, _MSE, _COSINE = (KINDS.index(kind) for kind in ("l2sq", "l2", "mse", "cosine"))
 
@@ -54,4 +54,33 @@ alignment_loss = register(
     _alignment_loss_fake,
     setup_context=_alignment_loss_context,
     backward=_alignment_loss_backward,
+)
+
+
+def _loss_and_gradient_fake(losses):
+    """Fake of an operation that returns so many losses and the student's gradient; needs come last."""
+
+    def fake(student, everyone, target, *rest):
+        dtype = at_least_float32(torch.promote_types(student.dtype, target.dtype))
+        gradient = student.new_empty(student.shape if rest[-1][0] else (0,), dtype=dtype)
+        return (*(student.new_empty((), dtype=dtype) for _ in range(losses)), gradient)
+
+    return fake
+
+
+similarity_loss = register_loss(
+    "similarity_loss(Tensor student, Tensor? everyone, Tensor target, int start, int[] dims, bool[] needs)"
+    " -> (Tensor loss, Tensor gradient)",
+    blocked_similarity_loss,
+    _loss_and_gradient_fake(1),
+    differentiable=[0],
+)
+
+distill_loss = register_loss(
+    "distill_loss(Tensor student, Tensor? everyone, Tensor target, int start, int[] dims, float[] weights,"
+    " float margin, bool reference_ties, float min_gap, bool[] needs)"
+    " -> (Tensor total, Tensor cosine, Tensor similarity, Tensor relative, Tensor gradient)",
+    blocked_distill_loss,
+    _loss_and_gradient_fake(4),
+    differentiable=[0],
 )

@@ -1,10 +1,18 @@
-"""The definition of the alignment loss in plain PyTorch, differentiable in the student."""
+"""The definitions of the distillation losses in plain PyTorch (brute, differentiable) and their lean form (blocked)."""
+
+from collections.abc import Sequence
 
 import torch
 
-from leafkern.ops._core.normalize import at_least_float32
+from leafkern.ops._core.normalize import at_least_float32, normalize_rows, normalize_rows_backward
+from leafkern.ops.relative.autograd import relative_scores
+from leafkern.ops.relative.reference import brute_relative
 
 KINDS = ("l2sq", "l2", "mse", "cosine")
+
+# A block of rows times all rows: at most so many rows, and bytes. On CPU its scores should stay in a cache; a GPU must
+# be filled.
+_BLOCK = {"cpu": (256, 16 << 20), "cuda": (2048, 256 << 20)}
 
 
 def brute_alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> torch.Tensor:
@@ -25,7 +33,190 @@ def brute_alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str
     return total / max(student.shape[0], 1)
 
 
+def brute_cosine_loss(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """One row at a time. target: unit rows, used as they are."""
+    dtype = at_least_float32(torch.promote_types(student.dtype, target.dtype))
+    student, target = student.to(dtype), target.detach().to(dtype)
+    total = student[:0].sum()
+    for s, t in zip(student, target, strict=True):
+        total = total + 1 - (_unit(s) * t).sum()
+    return total / max(student.shape[0], 1)
+
+
+def brute_similarity_loss(student: torch.Tensor, target: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    """One pair of rows at a time. target: unit rows."""
+    dtype = at_least_float32(torch.promote_types(student.dtype, target.dtype))
+    student, target = student.to(dtype), target.detach().to(dtype)
+    rows = student.shape[0]
+    total = student[:0].sum()
+    for d in dims:
+        units = [_unit(row[:d]) for row in student]
+        for i in range(rows):
+            for j in range(rows):
+                total = total + ((units[i] * units[j]).sum() - (target[i] * target[j]).sum()).square()
+    return total / (len(dims) * max(rows, 1) ** 2)
+
+
+def brute_distill_loss(
+    student: torch.Tensor,
+    target: torch.Tensor,
+    dims: Sequence[int],
+    weights: Sequence[float],
+    margin: float,
+    reference_ties: bool,
+    min_gap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """total, cosine, similarity, relative; a term of weight 0 is 0. target: unit rows."""
+    zero = student[:0].to(at_least_float32(torch.promote_types(student.dtype, target.dtype))).sum()
+    cosine = brute_cosine_loss(student, target) if weights[0] else zero
+    similarity = brute_similarity_loss(student, target, dims) if weights[1] else zero
+    relative = zero
+    for d in dims if weights[2] and len(student) else ():
+        units = torch.stack([_unit(row[:d].to(zero.dtype)) for row in student])
+        scores, teacher_scores = units @ units.T, (target @ target.T).to(zero.dtype)
+        relative = relative + brute_relative(scores, teacher_scores, margin, reference_ties, min_gap) / len(dims)
+    total = weights[0] * cosine + weights[1] * similarity + weights[2] * relative
+    return total, cosine, similarity, relative
+
+
 def _unit(x: torch.Tensor) -> torch.Tensor:
     """n(x) = x / max(‖x‖, 1e-12), n(0) = 0 with gradient 0."""
     square = x.square().sum()
     return x / square.sqrt().clamp(min=1e-12) if square > 0 else 0 * x
+
+
+def blocked_similarity_loss(
+    student: torch.Tensor,
+    everyone: torch.Tensor | None,
+    target: torch.Tensor,
+    start: int,
+    dims: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The similarity loss that rows [start, start + b) of all B give, and these rows' gradient of the whole loss.
+
+    student: (b, D); everyone: (B, D), None for the student itself; target: (B, D_t), unit rows. Memory beyond copies
+    of the inputs: two blocks of rows times B. The shares of ranks that hold all rows between them add up to the loss.
+    """
+    student, everyone, target = _wide(student, everyone, target)
+    gradient = student.new_zeros(student.shape) if needs[0] else student.new_empty(0)
+    units = [normalize_rows(everyone[:, :d]) for d in dims]
+    loss, grads = _similarity_by_blocks(units, target, start, student.shape[0], needs[0])
+    if needs[0]:
+        _add_unit_gradients(gradient, student, dims, grads)
+    return loss, gradient
+
+
+def blocked_distill_loss(
+    student: torch.Tensor,
+    everyone: torch.Tensor | None,
+    target: torch.Tensor,
+    start: int,
+    dims: Sequence[int],
+    weights: Sequence[float],
+    margin: float,
+    reference_ties: bool,
+    min_gap: float,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The share of rows [start, start + b) in the total and its three terms, and these rows' gradient of the total.
+
+    Arguments as in blocked_similarity_loss. A term of weight 0 is 0 and takes no work; without the relative term
+    nothing takes B×B memory. Every rank computes the whole relative term and reports b / B of it.
+    """
+    student, everyone, target = _wide(student, everyone, target)
+    rows, batch = student.shape[0], max(target.shape[0], 1)
+    cosine, similarity, relative = (student.new_zeros(()) for _ in range(3))
+    gradient = student.new_zeros(student.shape) if needs[0] else student.new_empty(0)
+    if weights[0]:
+        own = target[start : start + rows]
+        cosine = (1 - (normalize_rows(student) * own).sum(-1)).sum() / batch
+        if needs[0]:
+            gradient += normalize_rows_backward(own * (-weights[0] / batch), student)
+    if weights[1] or weights[2]:
+        units = [normalize_rows(everyone[:, :d]) for d in dims]
+        if weights[2]:
+            similarity, relative, grads = _similarity_and_relative(
+                units, target, start, rows, weights, margin, reference_ties, min_gap, needs[0]
+            )
+        else:
+            similarity, grads = _similarity_by_blocks(units, target, start, rows, needs[0])
+            grads = [grad.mul_(weights[1]) for grad in grads]
+        if needs[0]:
+            _add_unit_gradients(gradient, student, dims, grads)
+    total = weights[0] * cosine + weights[1] * similarity + weights[2] * relative
+    return total, cosine, similarity, relative, gradient
+
+
+def _wide(student, everyone, target):
+    dtype = at_least_float32(torch.promote_types(student.dtype, target.dtype))
+    student = student.to(dtype)
+    return student, student if everyone is None else everyone.to(dtype), target.to(dtype)
+
+
+def _block_rows(x: torch.Tensor) -> int:
+    """Rows of x whose scores against all rows of x make one block."""
+    rows, size = _BLOCK.get(x.device.type, _BLOCK["cpu"])
+    return max(1, min(rows, size // max(1, x.shape[0] * x.element_size())))
+
+
+def _similarity_by_blocks(units, target, start, rows, wanted):
+    """The share of the loss, and the gradients of rows [start, start + rows) with respect to `units`, one each width.
+
+    dL/ds_i = 4/(K B²) Σ_j (s_i·s_j − t_i·t_j) s_j: the loss is symmetric, so own rows against all rows suffice.
+    """
+    batch = target.shape[0]
+    scale = 1 / (len(units) * max(batch, 1) ** 2)
+    loss = target.new_zeros(())
+    grads = [unit.new_zeros(rows, unit.shape[1]) for unit in units] if wanted else []
+    # With the whole batch here, scores left of a diagonal block mirror those of blocks above it.
+    whole, step = rows == batch, _block_rows(target)
+    for first in range(start, start + rows, step):
+        last = min(first + step, start + rows)
+        begin, mirrored = (first, last < batch) if whole else (0, False)
+        teacher_scores = target[first:last] @ target[begin:].T
+        for k, unit in enumerate(units):
+            error = (unit[first:last] @ unit[begin:].T).sub_(teacher_scores)
+            if wanted:
+                grads[k][first - start : last - start].addmm_(error, unit[begin:], alpha=4 * scale)
+                if mirrored:
+                    grads[k][last:].addmm_(error[:, last - first :].T, unit[first:last], alpha=4 * scale)
+            error.square_()
+            loss += error.sum()
+            if mirrored:
+                loss += error[:, last - first :].sum()
+    return loss * scale, grads
+
+
+def _similarity_and_relative(units, target, start, rows, weights, margin, reference_ties, min_gap, wanted):
+    """Both terms' shares and the gradients of their weighted sum with respect to own rows of `units`, one each width.
+
+    One Gram matrix for the teacher and one per width serve both terms; one matrix product per width gives the gradient.
+    """
+    batch = target.shape[0]
+    widths, entries = len(units), max(batch, 1) ** 2
+    own = slice(start, start + rows)
+    teacher_scores = target @ target.T
+    scores = torch.empty(widths, batch, batch, dtype=target.dtype, device=target.device)
+    for unit, out in zip(units, scores):
+        torch.mm(unit, unit.T, out=out)
+    losses, pairs = relative_scores(scores, teacher_scores, margin, reference_ties, min_gap, wanted)
+    relative = losses.sum() * (rows / (widths * max(batch, 1)))
+    similarity, grads = target.new_zeros(()), []
+    for k, unit in enumerate(units):
+        error = scores[k, own].sub_(teacher_scores[own])
+        if wanted:
+            # A pair's gradient is stored once, above the diagonal, and reaches both of its rows.
+            slope = (pairs[k, own] + pairs[k, :, own].T).mul_(weights[2] / widths)
+            if weights[1]:
+                slope.add_(error, alpha=4 * weights[1] / (widths * entries))
+            grads.append(slope @ unit)
+        if weights[1]:
+            similarity += error.square_().sum() / (widths * entries)
+    return similarity, relative, grads
+
+
+def _add_unit_gradients(gradient, student, dims, grads):
+    """Adds to `gradient` what the gradients of the unit prefixes give."""
+    for d, grad in zip(dims, grads):
+        gradient[:, :d] += normalize_rows_backward(grad, student[:, :d])
