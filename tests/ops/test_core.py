@@ -276,3 +276,13 @@ def test_instruction_set_can_be_forced():
     assert "LEAFKERN_ISA (on this CPU): unknown name 'avx3'" in wrong.stderr
     with pytest.raises(ValueError, match="no such instruction set here: sse9"):
         library()[0].select_isa("sse9")
+
+
+def test_options_may_change_under_compile():
+    def scaled_by(x, margin):
+        return x * checks.check_number("margin", margin, least=0) * sum(checks.check_dim_weights([margin], [2]))
+
+    torch.compiler.reset()
+    compiled = torch.compile(scaled_by, backend="aot_eager", fullgraph=True)
+    for margin in (0.5, 0.25, 0.125):
+        assert torch.equal(compiled(torch.ones(2), margin), torch.full((2,), margin**2))

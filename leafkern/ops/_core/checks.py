@@ -102,14 +102,15 @@ def check_dim_weights(dim_weights: Sequence[float] | None, dims: Sequence[int]) 
     if dim_weights is None:
         return [1 / len(dims)] * len(dims)
     weights = [float(weight) for weight in dim_weights]
-    if len(weights) != len(dims) or not all(math.isfinite(weight) for weight in weights):
+    if len(weights) != len(dims) or not all(-math.inf < weight < math.inf for weight in weights):
         raise InputError(f"dim_weights: expected {len(dims)} finite numbers, one for each of dims; got {weights}")
     return weights
 
 
 def check_number(name: str, value: object, *, above: float | None = None, least: float | None = None) -> float:
     """`value` as a finite float that is > `above` or >= `least`."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Comparisons, not math.isfinite: torch.compile may trace the number as a symbol.
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
     if not good or (above is not None and value <= above) or (least is not None and value < least):
         bound = f" above {above:g}" if above is not None else f" of at least {least:g}" if least is not None else ""
         raise InputError(f"{name}: expected a finite number{bound}; got {value!r}")
