@@ -426,6 +426,37 @@ def test_frozen_arguments_cost_no_gradient(frozen):
     assert [out.shape for out in output[1:]] == [x.shape if need else (0,) for x, need in zip(tensors, needs)]
 
 
+class MatrixWork(TorchDispatchMode):
+    """Multiplications in matrix products."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__.strip("_") in ("mm", "bmm", "addmm"):
+            left, right = args[-2:]
+            self.total += left.numel() * right.shape[-1]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("needs", "work"),
+    [
+        ((False, False, False), 4),
+        ((True, False, False), 4 + 4),
+        ((False, True, False), 4 + 1),
+        ((False, False, True), 4 + 3),
+        ((True, True, True), 4 + 4 + 4),
+    ],
+)
+def test_matrix_products_are_those_of_the_wanted_gradients(needs, work):
+    """In units of B·B·D: 4 for the similarities to positives and 3 negatives each."""
+    tensors = [x if x is None else x.detach() for x in batch(16, mixes=None)]
+    arguments = op_arguments(tensors, (None, None), 0, {}, (*needs, False))
+    with MatrixWork() as products:
+        reference.blocked_info_nce(*arguments)
+    assert products.total == work * 16 * 16 * 24
+
+
 def test_without_gradient_only_the_value_is_computed():
     tensors = batch(5)
     with torch.no_grad():
