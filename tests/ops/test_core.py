@@ -191,10 +191,11 @@ def test_a_scaled_half_precision_loss_keeps_small_gradients():
 
 def test_second_derivatives_are_refused():
     x = torch.randn(3, 4, requires_grad=True)
-    weight = torch.ones((), requires_grad=True)
-    (grad,) = torch.autograd.grad(square(x, None, [True, False])[0] * weight, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    for loss in (square(x, None, [True, False])[0], scaled(x, 3.0).square().sum()):
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        # A gradient penalty must not silently count as a constant.
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            (x.sum() + grad.square().sum()).backward()
 
 
 def test_autocast_does_not_reach_into_an_operation():

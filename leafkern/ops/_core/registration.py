@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("leafkern", "FRAGMENT")
 
@@ -24,6 +23,33 @@ def without_autocast(function: Callable) -> Callable:
             return function(*args, **options)
         with torch.autocast(active[0], enabled=False), torch.autocast(active[-1], enabled=False):
             return function(*args, **options)
+
+    return plain
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("leafkern's operations can be differentiated once: there is no second derivative")
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """`backward` without a graph of its own; where create_graph=True asks for one, its use raises.
+
+    torch's decorator of this name lets a gradient that depends on saved tensors alone pass as a constant.
+    """
+
+    def plain(ctx, *grads):
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return outputs
+        several = outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(x if x is None else _NoSecondDerivative.apply(x.detach().requires_grad_()) for x in several)
 
     return plain
 
