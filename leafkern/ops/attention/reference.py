@@ -91,7 +91,7 @@ def blocked_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v for `grad` (T, H, D), that of the output; dP_ij = grad_i · v_j, delta_i = grad_i · out_i.
 
-    They are summed in at least float32 and returned in the dtypes of q, k and v.
+    They are summed in at least float32 and returned in the dtypes of q, k and v. delta_i carries the rounding of `out`.
     """
     dtype, heads, kv_heads = lse.dtype, q.shape[1], k.shape[1]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
