@@ -6,6 +6,7 @@ compiler; without one, bandwidth and the float32 rate come from torch and the ot
 
 import ctypes
 import functools
+import math
 import os
 import shutil
 import subprocess
@@ -105,6 +106,7 @@ def _cpu(threads: int, quick: bool) -> dict[str, Ceiling]:
         found["copy"] = Ceiling(copy, "byte", before, "torch copy_, bytes read and written")
         found["read"] = Ceiling(read, "byte", before, "torch sum")
         return found
+    found["std_sort"] = Ceiling(_sort_rate(library, 1 << (14 if quick else 19)), "step", 1, "std::sort, n log2 n steps")
     with ThreadPoolExecutor(threads) as pool:
         for count in counts:
             found.update(_bandwidth(library, pool, count, threads, megabytes))
@@ -132,6 +134,20 @@ def _loop_rate(loop, pool: ThreadPoolExecutor, threads: int, seconds: float) -> 
         return loop(ctypes.c_long(rounds), ctypes.byref(ctypes.c_uint64()))
 
     return best_rate(lambda: sum(pool.map(one, range(threads))))
+
+
+def sort_keyed(library: ctypes.CDLL, keys, space) -> None:
+    """std::sort, one thread, of float32 keys (n,) that carry an index; `space`: 8n bytes. Both numpy arrays."""
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (keys, space)]
+    library.sort_keyed(pointers[0], ctypes.c_long(len(keys)), pointers[1])
+
+
+def _sort_rate(library, count: int) -> float:
+    import numpy as np
+
+    keys = np.random.default_rng(0).standard_normal(count, dtype=np.float32)
+    space = np.zeros(count, dtype=np.int64)
+    return best_rate(lambda: sort_keyed(library, keys, space) or count * math.log2(count))
 
 
 def _bandwidth(library, pool: ThreadPoolExecutor, count: int, threads: int, megabytes: int) -> dict[str, Ceiling]:

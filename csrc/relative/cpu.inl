@@ -186,6 +186,7 @@ int64_t correct(const void* student, const void* teacher, const uint32_t* order,
     const Score *s = static_cast<const Score*>(student), *t = static_cast<const Score*>(teacher);
     int64_t total = 0;
     for (int64_t i = begin; i < end; ++i) {
+        if (window[i] == i + 1 && (i == 0 || window[i - 1] == i)) continue;
         uint32_t low = 0, high = 0;
         for (int64_t j = i + 1; j < window[i]; ++j)
             if (!(keep_ties && t[order[j]] == t[order[i]])) low += violated(margin, s[order[j]], s[order[i]]);
