@@ -6,15 +6,32 @@ the keys that a row sees, from which the backward operations recompute the weigh
 
 import torch
 
+from leafkern.ops._core import launch
 from leafkern.ops._core.backend import choose
 from leafkern.ops._core.normalize import at_least_float32
 from leafkern.ops._core.registration import register
 from leafkern.ops.attention import reference
 
 
+# The widest head that the kernels hold in registers; kernels.py can't be asked without triton.
+WIDEST_HEAD = 128
+
+
+def _backend(q: torch.Tensor) -> str:
+    candidates, width = launch.candidates("attention", q.device, q.dtype), q.shape[2]
+    if "triton" in candidates and (width % 8 or width > WIDEST_HEAD):
+        reason = f"D = {width}; its kernels take multiples of 8 up to {WIDEST_HEAD}"
+        candidates["triton"] = candidates["triton"] or reason
+    return choose("attention", candidates)
+
+
 def _varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale, causal, left, right):
-    choose("attention", {"reference": None})
-    return reference.blocked_attention(q, k, v, cu_seqlens, scale, left, 0 if causal else right)
+    right = 0 if causal else right
+    if _backend(q) == "triton":
+        from leafkern.ops.attention import kernels
+
+        return kernels.varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale, left, right)
+    return reference.blocked_attention(q, k, v, cu_seqlens, scale, left, right)
 
 
 def _varlen_attention_fake(q, k, v, cu_seqlens, max_seqlen, scale, causal, left, right):
@@ -52,8 +69,11 @@ varlen_attention = register(
 
 
 def _varlen_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, causal, left, right):
-    choose("attention", {"reference": None})
     right = 0 if causal else right
+    if _backend(q) == "triton":
+        from leafkern.ops.attention import kernels
+
+        return kernels.varlen_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, left, right)
     return reference.blocked_attention_backward(grad, q, k, v, out, lse, cu_seqlens, scale, left, right)
 
 
@@ -84,7 +104,10 @@ register(
 
 
 def _attention_mean_pool(q, k, v, cu_seqlens, max_seqlen, scale):
-    choose("attention", {"reference": None})
+    if _backend(q) == "triton":
+        from leafkern.ops.attention import kernels
+
+        return kernels.attention_mean_pool(q, k, v, cu_seqlens, max_seqlen, scale)
     return reference.blocked_attention_mean_pool(q, k, v, cu_seqlens, scale)
 
 
@@ -119,7 +142,10 @@ attention_mean_pool = register(
 
 
 def _mean_pool_backward(grad, q, k, v, lse, cu_seqlens, max_seqlen, scale):
-    choose("attention", {"reference": None})
+    if _backend(q) == "triton":
+        from leafkern.ops.attention import kernels
+
+        return kernels.attention_mean_pool_backward(grad, q, k, v, lse, cu_seqlens, max_seqlen, scale)
     return reference.blocked_attention_mean_pool_backward(grad, q, k, v, lse, cu_seqlens, scale)
 
 

@@ -1,0 +1,1041 @@
+"""Triton kernels of varlen_attention and attention_mean_pool, forward and backward. Not timed yet.
+
+Work. With S = sum over sequences of L², H heads of width D, s bytes per entry: forward 4·H·D·S operations, H·S
+exponentials, and q, k, v and the result once, s·D·T·(2·H + 2·H_kv) bytes. That is 4·D operations per exponential: 128
+at width 32, where exponentials (16 per multiprocessor and clock) bound the time before the matrix units do, and 512
+at width 128, where they don't. The tile's other arithmetic is kept below that: scores are scaled inside the exponent,
+exp2(score · scale · log2(e) - top), which is one fused multiplication and addition per score, and only tiles at an edge
+are masked. Backward: 14·H·D·S operations (each of its two kernels recomputes the weights: 7 products where five would
+do with atomics, which would make the result depend on their order) and 2·H·S exponentials.
+
+Order. A program takes one block of rows of one sequence and `heads` heads one after the other. Blocks are counted
+without the host knowing a length: sequence i owns the places from cu_seqlens[i] // ROWS + i on, at least as many as it
+has blocks, so T // ROWS + B places hold all of them, whatever the lengths; a program finds its sequence by search.
+Where B times the blocks of the longest sequence is no more than that, places are counted so, and nothing is searched.
+Heads are the fastest: programs side by side read the same lines of memory.
+
+Forward: loop over blocks of keys with running maximum and sum (Dao, arXiv 2307.08691); if all sequences fit one block
+of keys, softmax at once. Backward: `dq_kernel` takes a block of queries, loops over keys, and leaves delta_i =
+dO_i · O_i for `dkv_kernel`, which takes a block of keys and loops over the queries of all heads that share it. No
+atomics: results depend on nothing but the inputs and the choice of blocks, which follows from shapes and max_seqlen.
+
+attention_mean_pool: `attend_kernel` without values leaves the log-sum-exp of the rows; `column_kernel` takes a block of
+keys, adds the columns of the weights and multiplies them with the block's values; `join_kernel` adds the blocks of a
+sequence. Backward by the kernels above: dP_ij is u_j = v_j · g / L for every row, and delta_i = sum_j P_ij u_j /
+sum_j P_ij needs a loop of its own.
+
+Memory. Entries of a row must be adjacent and other strides multiples of 8 entries, else the tensor is copied: slices of
+a packed qkv are read in place. Loads outside a sequence are masked, so that NaN stays where it is. Scores, sums and
+softmax are float32; weights are rounded to the dtype of v before they meet it. float32 products are IEEE unless
+torch.backends.cuda.matmul allows tf32. Addresses are 64-bit.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from leafkern.ops._core.cubin import Shipped
+from leafkern.ops._core.launch import next_power_of_2, on_device
+
+# Entries of cu_seqlens that one step of the search looks at.
+FAN = 256
+# Strides reach the kernels in units of this many entries, from which the compiler knows that a row is aligned.
+UNIT = 8
+_UNIT = tl.constexpr(UNIT)
+_LN_2 = tl.constexpr(math.log(2))
+_LOG2_E = tl.constexpr(math.log2(math.e))
+# Below any scale that matters; 0 would turn the -inf of a hidden score into NaN.
+SMALLEST_SCALE = 2.0**-126
+# Arguments whose value is no reason to compile a kernel again.
+PLAIN = [f"{name}_{step}" for name in ("grad", "q", "k", "v") for step in ("token", "head")]
+PLAIN += ["tokens", "sequences", "blocks", "heads", "left", "right", "width"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is cut: `rows` is the block that a program owns, `columns` the one it loops over (queries and keys
+    in attend_kernel and dq_kernel, keys and queries in dkv_kernel and column_kernel)."""
+
+    rows: int
+    columns: int
+    heads: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict:
+        """What the launch passes to the compiler. Fusing multiplication and addition is Triton's default, which 3.10
+        changes and 3.9 warns about."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+def configure(kernel: str, width: int, wide: bool, longest: int, mean: int) -> Config:
+    """The heuristic: `wide` for float32 (products off the matrix units, tiles in registers), lengths in tokens.
+
+    Blocks no longer than the longest sequence; short ones where most sequences are short, as a block's unused part
+    costs the same: on log-normal lengths of mean 70, blocks of 64 × 32 compute 1.5 times the scores that are needed,
+    128 × 64 2.2 times.
+    """
+    fits = max(16, next_power_of_2(longest))
+    if wide:
+        side = 32 if width <= 64 else 16
+        return Config(min(side, fits), min(side, fits), heads=1, warps=4, stages=1)
+    rows = 128 if mean > 192 and kernel == "attend" else 64
+    columns = 64 if mean > 192 or longest <= 64 else 32
+    rows, columns = min(rows, fits), min(columns, fits)
+    warps = max(1, rows // 16)
+    # Several heads for one search where a block of one head is little work.
+    heads = 4 if width <= 32 and longest <= 128 else 2 if width <= 32 else 1
+    return Config(rows, columns, heads=heads, warps=min(warps, 4), stages=2)
+
+
+@triton.jit
+def _place(cu_seqlens, place, sequences, blocks, SIZE: tl.constexpr, SEARCH: tl.constexpr, FAN: tl.constexpr):
+    # The sequence of a place, its first token and its length, and the first row of the block, past the end for places
+    # that hold none. Row numbers count within the sequence.
+    if SEARCH:
+        i_sequence = place * 0
+        width = i_sequence + sequences
+        while width > 1:
+            step = (width + FAN - 1) // FAN
+            probe = i_sequence + tl.arange(0, FAN) * step
+            inside = tl.arange(0, FAN) * step < width
+            first = tl.load(cu_seqlens + probe, mask=inside, other=0) // SIZE + probe
+            passed = tl.sum((inside & (first <= place)).to(tl.int32), 0)
+            i_sequence += tl.maximum(passed - 1, 0) * step
+            width = tl.minimum(step, sequences - i_sequence)
+        begin = tl.load(cu_seqlens + i_sequence).to(tl.int64)
+        row = (place - (begin // SIZE).to(tl.int32) - i_sequence) * SIZE
+    else:
+        i_sequence = place // blocks
+        begin = tl.load(cu_seqlens + i_sequence).to(tl.int64)
+        row = (place - i_sequence * blocks) * SIZE
+    length = (tl.load(cu_seqlens + i_sequence + 1).to(tl.int64) - begin).to(tl.int32)
+    return i_sequence, begin, length, row
+
+
+@triton.jit
+def _program(heads, HEADS: tl.constexpr):
+    # The place of a program, and its heads from `first` to `last`.
+    parts = tl.cdiv(heads, HEADS)
+    place = tl.program_id(0) // parts
+    first = (tl.program_id(0) - place * parts) * HEADS
+    return place, first, tl.minimum(first + HEADS, heads)
+
+
+@triton.jit
+def _sequence(x, token, head, begin):
+    # Where x begins for a sequence, and its strides in entries, 64 bits wide.
+    token = token.to(tl.int64) * _UNIT
+    return x + begin * token, token, head.to(tl.int64) * _UNIT
+
+
+@triton.jit
+def _load(base, stride, rows, length, columns, WIDTH: tl.constexpr, DIM: tl.constexpr, CUT: tl.constexpr):
+    # Rows of one head, 0 outside; CUT: some may lie past the end of the sequence.
+    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if CUT and WIDTH < DIM:
+        return tl.load(pointers, mask=(rows < length)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    elif CUT:
+        return tl.load(pointers, mask=(rows < length)[:, None], other=0.0)
+    elif WIDTH < DIM:
+        return tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _store(base, stride, rows, length, columns, value, WIDTH: tl.constexpr):
+    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    inside = (rows < length)[:, None] & (columns < WIDTH)[None, :]
+    tl.store(pointers, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _seen(queries, keys, length, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    # Numbers within the sequence, of which one is a column and the other a row.
+    seen = (keys < length) & (queries >= 0)
+    if LEFT:
+        seen = seen & (keys >= queries - left)
+    if RIGHT:
+        seen = seen & (keys <= queries + right)
+    return seen
+
+
+@triton.jit
+def _keys_seen(
+    row, length, left, right, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr
+):
+    # For ROWS queries from `row` on: the first key that any sees, the end of the blocks that all of them see whole, and
+    # the end of the keys that any sees.
+    low = row * 0
+    high = length
+    whole = length
+    if RIGHT:
+        high = tl.minimum(length, row + ROWS + right)
+        whole = tl.minimum(length, row + right + 1)
+    if LEFT:
+        low = tl.maximum(row - left, 0)
+        whole = low
+    return low, low + (whole - low) // COLUMNS * COLUMNS, high
+
+
+@triton.jit
+def _attend_block(
+    b_q,
+    top,
+    total,
+    b_out,
+    k,
+    k_token,
+    v,
+    v_token,
+    rows,
+    key,
+    length,
+    left,
+    right,
+    log2_scale,
+    columns,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    EDGE: tl.constexpr,
+    ONE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # One step of the running softmax. EDGE: some scores may be hidden. ONE: it is the only step.
+    keys = key + tl.arange(0, COLUMNS)
+    b_k = _load(k, k_token, keys, length, columns, WIDTH, DIM, EDGE)
+    scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [ROWS, COLUMNS]
+    if EDGE:
+        seen = _seen(rows[:, None], keys[None, :], length, left, right, LEFT, RIGHT)
+        scores = tl.where(seen, scores, float("-inf"))
+    new_top = tl.max(scores, 1) * log2_scale
+    if not ONE:
+        new_top = tl.maximum(top, new_top)
+    shift = new_top
+    if LEFT:
+        # A row may have seen no key yet; elsewhere the first block has one for each.
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores * log2_scale - shift[:, None])
+    new_total = tl.sum(weights, 1)
+    if not ONE:
+        fade = tl.exp2(top - shift)
+        new_total += total * fade
+        b_out *= fade[:, None]
+    if v is not None:
+        b_v = _load(v, v_token, keys, length, columns, WIDTH, DIM, EDGE)
+        b_out = tl.dot(weights.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+    return new_top, new_total, b_out
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def attend_kernel(
+    q,
+    k,
+    v,
+    cu_seqlens,
+    out,
+    lse,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    tokens,
+    sequences,
+    blocks,
+    heads,
+    left,
+    right,
+    log2_scale,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    ONE: tl.constexpr,
+    NEGATE: tl.constexpr,
+    SEARCH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAN: tl.constexpr,
+):
+    # Without v and out: the log-sum-exp alone.
+    place, first, last = _program(heads, HEADS)
+    _, begin, length, row = _place(cu_seqlens, place, sequences, blocks, ROWS, SEARCH, FAN)
+    if row >= length:
+        return
+    q, q_token, q_head = _sequence(q, q_token, q_head, begin)
+    k, k_token, k_head = _sequence(k, k_token, k_head, begin)
+    if v is not None:
+        v, v_token, v_head = _sequence(v, v_token, v_head, begin)
+    rows = row + tl.arange(0, ROWS)
+    columns = tl.arange(0, DIM)
+    low, whole, high = _keys_seen(row, length, left, right, ROWS, COLUMNS, LEFT, RIGHT)
+    for i_head in range(first, last):
+        i_kv = i_head // GROUP
+        b_q = _load(q + i_head * q_head, q_token, rows, length, columns, WIDTH, DIM, True)
+        if NEGATE:
+            b_q = -b_q
+        o_k = k + i_kv * k_head
+        o_v = None
+        if v is not None:
+            o_v = v + i_kv * v_head
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        b_out = tl.zeros([ROWS, DIM], tl.float32)
+        if not ONE and not LEFT:
+            for key in range(low, whole, COLUMNS):
+                top, total, b_out = _attend_block(
+                    b_q,
+                    top,
+                    total,
+                    b_out,
+                    o_k,
+                    k_token,
+                    o_v,
+                    v_token,
+                    rows,
+                    key,
+                    length,
+                    left,
+                    right,
+                    log2_scale,
+                    columns,
+                    WIDTH,
+                    DIM,
+                    COLUMNS,
+                    LEFT,
+                    RIGHT,
+                    False,
+                    False,
+                    PRECISION,
+                )
+        if ONE:
+            top, total, b_out = _attend_block(
+                b_q,
+                top,
+                total,
+                b_out,
+                o_k,
+                k_token,
+                o_v,
+                v_token,
+                rows,
+                row * 0,
+                length,
+                left,
+                right,
+                log2_scale,
+                columns,
+                WIDTH,
+                DIM,
+                COLUMNS,
+                LEFT,
+                RIGHT,
+                True,
+                True,
+                PRECISION,
+            )
+        else:
+            for key in range(whole, high, COLUMNS):
+                top, total, b_out = _attend_block(
+                    b_q,
+                    top,
+                    total,
+                    b_out,
+                    o_k,
+                    k_token,
+                    o_v,
+                    v_token,
+                    rows,
+                    key,
+                    length,
+                    left,
+                    right,
+                    log2_scale,
+                    columns,
+                    WIDTH,
+                    DIM,
+                    COLUMNS,
+                    LEFT,
+                    RIGHT,
+                    True,
+                    False,
+                    PRECISION,
+                )
+        # Rows past the end, which may see nothing, are not stored.
+        total = tl.where(rows < length, total, 1.0)
+        tl.store(lse + begin + tokens.to(tl.int64) * i_head + rows, (top + tl.log2(total)) * _LN_2, mask=rows < length)
+        if v is not None:
+            o_out = out + (begin * heads + i_head) * WIDTH
+            _store(o_out, heads * WIDTH, rows, length, columns, b_out / total[:, None], WIDTH)
+
+
+@triton.jit
+def _dq_block(
+    b_q,
+    b_grad,
+    b_lse,
+    delta,
+    norm,
+    b_dq,
+    k,
+    k_token,
+    v,
+    v_token,
+    rows,
+    key,
+    length,
+    left,
+    right,
+    log2_scale,
+    columns,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    EDGE: tl.constexpr,
+    PART: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # PART "rows": b_grad holds rows of the gradient, adds to b_dq. "delta": it is the one row g / L, adds to delta and
+    # norm. "pooled": the same row, adds to b_dq.
+    keys = key + tl.arange(0, COLUMNS)
+    b_k = _load(k, k_token, keys, length, columns, WIDTH, DIM, EDGE)
+    b_v = _load(v, v_token, keys, length, columns, WIDTH, DIM, EDGE)
+    scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [ROWS, COLUMNS]
+    weights = tl.exp2(scores * log2_scale - b_lse[:, None])
+    if EDGE:
+        seen = _seen(rows[:, None], keys[None, :], length, left, right, LEFT, RIGHT)
+        weights = tl.where(seen, weights, 0.0)
+    if PART == "rows":
+        dweights = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
+    else:
+        dweights = tl.sum(b_v.to(tl.float32) * b_grad[None, :], 1)[None, :]
+    if PART == "delta":
+        delta += tl.sum(weights * dweights, 1)
+        norm += tl.sum(weights, 1)
+    else:
+        dscores = weights * (dweights - delta[:, None])
+        b_dq = tl.dot(dscores.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return delta, norm, b_dq
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def dq_kernel(
+    grad,
+    q,
+    k,
+    v,
+    cu_seqlens,
+    out,
+    lse,
+    delta,
+    dq,
+    grad_token,
+    grad_head,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    tokens,
+    sequences,
+    blocks,
+    heads,
+    left,
+    right,
+    scale,
+    log2_scale,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    NEGATE: tl.constexpr,
+    SEARCH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAN: tl.constexpr,
+):
+    # Without out: the backward pass of the pooled form, where grad has one row per sequence.
+    place, first, last = _program(heads, HEADS)
+    i_sequence, begin, length, row = _place(cu_seqlens, place, sequences, blocks, ROWS, SEARCH, FAN)
+    if row >= length:
+        return
+    q, q_token, q_head = _sequence(q, q_token, q_head, begin)
+    k, k_token, k_head = _sequence(k, k_token, k_head, begin)
+    v, v_token, v_head = _sequence(v, v_token, v_head, begin)
+    grad, grad_token, grad_head = _sequence(grad, grad_token, grad_head, i_sequence if out is None else begin)
+    rows = row + tl.arange(0, ROWS)
+    columns = tl.arange(0, DIM)
+    low, whole, high = _keys_seen(row, length, left, right, ROWS, COLUMNS, LEFT, RIGHT)
+    for i_head in range(first, last):
+        i_kv = i_head // GROUP
+        b_q = _load(q + i_head * q_head, q_token, rows, length, columns, WIDTH, DIM, True)
+        if NEGATE:
+            b_q = -b_q
+        o_k = k + i_kv * k_head
+        o_v = v + i_kv * v_head
+        o_rows = begin + tokens.to(tl.int64) * i_head + rows
+        # exp2(-inf) = 0: rows past the end have no weights.
+        b_lse = tl.load(lse + o_rows, mask=rows < length, other=float("inf")) * _LOG2_E
+        b_delta = tl.zeros([ROWS], tl.float32)
+        norm = tl.zeros([ROWS], tl.float32)
+        b_dq = tl.zeros([ROWS, DIM], tl.float32)
+        if out is None:
+            b_grad = tl.load(grad + i_head * grad_head + columns, mask=columns < WIDTH, other=0.0) / length
+            for key in range(low, high, COLUMNS):
+                b_delta, norm, b_dq = _dq_block(
+                    b_q,
+                    b_grad,
+                    b_lse,
+                    b_delta,
+                    norm,
+                    b_dq,
+                    o_k,
+                    k_token,
+                    o_v,
+                    v_token,
+                    rows,
+                    key,
+                    length,
+                    left,
+                    right,
+                    log2_scale,
+                    columns,
+                    WIDTH,
+                    DIM,
+                    COLUMNS,
+                    LEFT,
+                    RIGHT,
+                    True,
+                    "delta",
+                    PRECISION,
+                )
+            # A row's recomputed weights add up to 1 only within the rounding of its lse, large for large scores.
+            b_delta /= tl.where(rows < length, norm, 1.0)
+        else:
+            b_grad = _load(grad + i_head * grad_head, grad_token, rows, length, columns, WIDTH, DIM, True)
+            o_out = out + (begin * heads + i_head) * WIDTH
+            b_out = _load(o_out, heads * WIDTH, rows, length, columns, WIDTH, DIM, True)
+            b_delta = tl.sum(b_grad.to(tl.float32) * b_out.to(tl.float32), 1)
+        tl.store(delta + o_rows, b_delta, mask=rows < length)
+        PART: tl.constexpr = "pooled" if out is None else "rows"
+        if not LEFT:
+            for key in range(low, whole, COLUMNS):
+                b_delta, norm, b_dq = _dq_block(
+                    b_q,
+                    b_grad,
+                    b_lse,
+                    b_delta,
+                    norm,
+                    b_dq,
+                    o_k,
+                    k_token,
+                    o_v,
+                    v_token,
+                    rows,
+                    key,
+                    length,
+                    left,
+                    right,
+                    log2_scale,
+                    columns,
+                    WIDTH,
+                    DIM,
+                    COLUMNS,
+                    LEFT,
+                    RIGHT,
+                    False,
+                    PART,
+                    PRECISION,
+                )
+        for key in range(whole, high, COLUMNS):
+            b_delta, norm, b_dq = _dq_block(
+                b_q,
+                b_grad,
+                b_lse,
+                b_delta,
+                norm,
+                b_dq,
+                o_k,
+                k_token,
+                o_v,
+                v_token,
+                rows,
+                key,
+                length,
+                left,
+                right,
+                log2_scale,
+                columns,
+                WIDTH,
+                DIM,
+                COLUMNS,
+                LEFT,
+                RIGHT,
+                True,
+                PART,
+                PRECISION,
+            )
+        o_dq = dq + (begin * heads + i_head) * WIDTH
+        _store(o_dq, heads * WIDTH, rows, length, columns, b_dq * scale, WIDTH)
+
+
+@triton.jit
+def _queries_seeing(row, length, left, right, ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    # For ROWS keys from `row` on: the first query that sees any of them, and the end of those that do.
+    low = row * 0
+    high = length
+    if RIGHT:
+        low = tl.maximum(row - right, 0)
+    if LEFT:
+        high = tl.minimum(length, row + ROWS + left)
+    return low, high
+
+
+@triton.jit
+def _column_weights(
+    b_k,
+    b_q,
+    lse,
+    o_rows,
+    keys,
+    queries,
+    length,
+    left,
+    right,
+    log2_scale,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # The weights again, one row per key; 0 for queries past the end, as exp2(-inf) is 0.
+    b_lse = tl.load(lse + o_rows, mask=queries < length, other=float("inf")) * _LOG2_E
+    scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+    weights = tl.exp2(scores * log2_scale - b_lse[None, :])
+    if LEFT or RIGHT:
+        seen = _seen(queries[None, :], keys[:, None], length, left, right, LEFT, RIGHT)
+        weights = tl.where(seen, weights, 0.0)
+    return weights
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def dkv_kernel(
+    grad,
+    q,
+    k,
+    v,
+    cu_seqlens,
+    lse,
+    delta,
+    dk,
+    dv,
+    grad_token,
+    grad_head,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    tokens,
+    sequences,
+    blocks,
+    heads,
+    left,
+    right,
+    scale,
+    log2_scale,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    NEGATE: tl.constexpr,
+    SEARCH: tl.constexpr,
+    POOLED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAN: tl.constexpr,
+):
+    # `heads`: those of k and v. POOLED: grad has one row per sequence.
+    place, first, last = _program(heads, HEADS)
+    i_sequence, begin, length, row = _place(cu_seqlens, place, sequences, blocks, ROWS, SEARCH, FAN)
+    if row >= length:
+        return
+    q, q_token, q_head = _sequence(q, q_token, q_head, begin)
+    k, k_token, k_head = _sequence(k, k_token, k_head, begin)
+    v, v_token, v_head = _sequence(v, v_token, v_head, begin)
+    grad, grad_token, grad_head = _sequence(grad, grad_token, grad_head, i_sequence if POOLED else begin)
+    rows = row + tl.arange(0, ROWS)
+    columns = tl.arange(0, DIM)
+    low, high = _queries_seeing(row, length, left, right, ROWS, LEFT, RIGHT)
+    for i_kv in range(first, last):
+        b_k = _load(k + i_kv * k_head, k_token, rows, length, columns, WIDTH, DIM, True)
+        b_v = _load(v + i_kv * v_head, v_token, rows, length, columns, WIDTH, DIM, True)
+        b_dk = tl.zeros([ROWS, DIM], tl.float32)
+        b_dv = tl.zeros([ROWS, DIM], tl.float32)
+        for i_head in range(i_kv * GROUP, i_kv * GROUP + GROUP):
+            o_grad = grad + i_head * grad_head
+            if POOLED:
+                g = tl.load(o_grad + columns, mask=columns < WIDTH, other=0.0) / length
+                dweights = tl.sum(b_v.to(tl.float32) * g[None, :], 1)[:, None]
+                column = tl.zeros([ROWS], tl.float32)
+            for query in range(low, high, COLUMNS):
+                queries = query + tl.arange(0, COLUMNS)
+                b_q = _load(q + i_head * q_head, q_token, queries, length, columns, WIDTH, DIM, True)
+                if NEGATE:
+                    b_q = -b_q
+                o_rows = begin + tokens.to(tl.int64) * i_head + queries
+                weights = _column_weights(
+                    b_k, b_q, lse, o_rows, rows, queries, length, left, right, log2_scale, LEFT, RIGHT, PRECISION
+                )
+                b_delta = tl.load(delta + o_rows, mask=queries < length, other=0.0)
+                if POOLED:
+                    column += tl.sum(weights, 1)
+                else:
+                    b_grad = _load(o_grad, grad_token, queries, length, columns, WIDTH, DIM, True)
+                    b_dv = tl.dot(weights.to(b_grad.dtype), b_grad, b_dv, input_precision=PRECISION)
+                    dweights = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)
+                dscores = weights * (dweights - b_delta[None, :])
+                b_dk = tl.dot(dscores.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+            if POOLED:
+                b_dv += column[:, None] * g[None, :]
+        o_dkv = (begin * heads + i_kv) * WIDTH
+        _store(dk + o_dkv, heads * WIDTH, rows, length, columns, b_dk * scale, WIDTH)
+        _store(dv + o_dkv, heads * WIDTH, rows, length, columns, b_dv, WIDTH)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def column_kernel(
+    q,
+    k,
+    v,
+    cu_seqlens,
+    lse,
+    partial,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    tokens,
+    sequences,
+    blocks,
+    heads,
+    log2_scale,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    NEGATE: tl.constexpr,
+    SEARCH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAN: tl.constexpr,
+):
+    place, first, last = _program(heads, HEADS)
+    _, begin, length, row = _place(cu_seqlens, place, sequences, blocks, ROWS, SEARCH, FAN)
+    if row >= length:
+        return
+    q, q_token, q_head = _sequence(q, q_token, q_head, begin)
+    k, k_token, k_head = _sequence(k, k_token, k_head, begin)
+    v, v_token, v_head = _sequence(v, v_token, v_head, begin)
+    rows = row + tl.arange(0, ROWS)
+    columns = tl.arange(0, DIM)
+    for i_head in range(first, last):
+        i_kv = i_head // GROUP
+        b_k = _load(k + i_kv * k_head, k_token, rows, length, columns, WIDTH, DIM, True)
+        column = tl.zeros([ROWS], tl.float32)
+        for query in range(0, length, COLUMNS):
+            queries = query + tl.arange(0, COLUMNS)
+            b_q = _load(q + i_head * q_head, q_token, queries, length, columns, WIDTH, DIM, True)
+            if NEGATE:
+                b_q = -b_q
+            o_rows = begin + tokens.to(tl.int64) * i_head + queries
+            weights = _column_weights(
+                b_k, b_q, lse, o_rows, rows, queries, length, 0, 0, log2_scale, False, False, PRECISION
+            )
+            column += tl.sum(weights, 1)
+        # Keys past the end have weights too, but no values.
+        column = tl.where(rows < length, column / length, 0.0)
+        b_v = _load(v + i_kv * v_head, v_token, rows, length, columns, WIDTH, DIM, True)
+        b_out = tl.sum(column[:, None] * b_v.to(tl.float32), 0)
+        o_partial = partial + (place.to(tl.int64) * heads + i_head) * WIDTH + columns
+        tl.store(o_partial, b_out, mask=columns < WIDTH)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def join_kernel(
+    partial,
+    cu_seqlens,
+    pooled,
+    blocks,
+    width,
+    SIZE: tl.constexpr,
+    SEARCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    # The sum of the parts of one sequence, in order; 0 without any.
+    i_sequence = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    begin = tl.load(cu_seqlens + i_sequence).to(tl.int64)
+    end = tl.load(cu_seqlens + i_sequence + 1).to(tl.int64)
+    first = i_sequence * blocks
+    if SEARCH:
+        first = begin // SIZE + i_sequence
+    last = first + tl.cdiv(end - begin, SIZE)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for place in range(first, last, ROWS):
+        places = place + tl.arange(0, ROWS)
+        inside = (places < last)[:, None] & (columns < width)[None, :]
+        total += tl.load(partial + places[:, None] * width + columns[None, :], mask=inside, other=0.0)
+    tl.store(pooled + i_sequence * width + columns, tl.sum(total, 0), mask=columns < width)
+
+
+# Launches
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the kernels of one call share."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens: torch.Tensor
+    longest: int
+    scale: float
+    left: int = -1
+    right: int = -1
+
+    @classmethod
+    def of(cls, q, k, v, cu_seqlens, max_seqlen: int, scale: float, left: int = -1, right: int = -1) -> "_Batch":
+        longest = max(1, min(max_seqlen, q.shape[0]))
+        # A limit beyond the longest sequence limits nothing.
+        left, right = (-1 if side >= longest - 1 else side for side in (left, right))
+        q, k, v = (_readable(x) for x in (q, k, v))
+        return cls(q, k, v, cu_seqlens.contiguous(), longest, scale, left, right)
+
+    @property
+    def strides(self) -> dict[str, int]:
+        return {name: step for name in "qkv" for name, step in _strides(name, getattr(self, name)).items()}
+
+    def config(self, kernel: str) -> Config:
+        mean = self.q.shape[0] // max(1, self.cu_seqlens.numel() - 1)
+        return configure(kernel, self.q.shape[2], self.q.dtype == torch.float32, self.longest, mean)
+
+    def places(self, size: int) -> tuple[int, int, bool]:
+        """(places, blocks of the longest sequence, whether a program has to search its sequence)."""
+        sequences, blocks = self.cu_seqlens.numel() - 1, triton.cdiv(self.longest, size)
+        searched = self.q.shape[0] // size + sequences
+        return min(searched, sequences * blocks), blocks, searched < sequences * blocks
+
+    def arguments(self, kernel: str, heads: int) -> tuple[tuple[int], dict, Config]:
+        """Grid, what all kernels take, and the configuration, for a program per place and some of `heads`."""
+        config = self.config(kernel)
+        places, blocks, search = self.places(config.rows)
+        given = {"q": self.q, "k": self.k, "v": self.v, "cu_seqlens": self.cu_seqlens} | self.strides
+        given |= {"tokens": self.q.shape[0], "sequences": self.cu_seqlens.numel() - 1, "blocks": blocks, "heads": heads}
+        given["log2_scale"] = max(abs(self.scale) * math.log2(math.e), SMALLEST_SCALE)
+        given |= _constants(
+            self.q.shape[2],
+            self.q.shape[1] // self.k.shape[1],
+            config,
+            NEGATE=self.scale < 0,
+            SEARCH=search,
+            PRECISION=precision(self.q.dtype),
+        )
+        return (places * triton.cdiv(heads, config.heads),), given | config.options, config
+
+    @property
+    def window(self) -> dict:
+        return {"left": self.left, "right": self.right, "LEFT": self.left >= 0, "RIGHT": self.right >= 0}
+
+
+def _constants(width: int, group: int, config: Config, **more) -> dict:
+    dim = max(16, next_power_of_2(width))
+    blocks = {"ROWS": config.rows, "COLUMNS": config.columns, "HEADS": config.heads}
+    return {"GROUP": group, "WIDTH": width, "DIM": dim, "FAN": FAN} | blocks | more
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are computed: as torch computes its own."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself where a row's entries are adjacent and rows begin at multiples of UNIT entries; else a copy."""
+    return x if x.stride(-1) == 1 and not any(step % UNIT for step in x.stride()[:-1]) else x.contiguous()
+
+
+def _strides(name: str, x: torch.Tensor) -> dict[str, int]:
+    return {f"{name}_token": x.stride(0) // UNIT, f"{name}_head": x.stride(1) // UNIT}
+
+
+def _lse_like(q: torch.Tensor) -> torch.Tensor:
+    return torch.empty(q.shape[1], q.shape[0], device=q.device, dtype=torch.float32)
+
+
+def varlen_attention(
+    q, k, v, cu_seqlens, max_seqlen: int, scale: float, left: int, right: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, H, D) in the dtype of q and the log-sum-exp of the rows, (H, T) float32."""
+    out, lse = q.new_empty(q.shape), _lse_like(q)
+    if q.shape[0]:
+        _attend(_Batch.of(q, k, v, cu_seqlens, max_seqlen, scale, left, right), out, lse)
+    return out, lse
+
+
+def _attend(batch: _Batch, out: torch.Tensor | None, lse: torch.Tensor) -> None:
+    grid, given, config = batch.arguments("attend", batch.q.shape[1])
+    given |= {"out": out, "lse": lse, "ONE": batch.longest <= config.columns} | batch.window
+    if out is None:
+        given["v"] = None
+    with on_device(lse):
+        attend_kernel[grid](**given)
+
+
+def varlen_attention_backward(
+    grad, q, k, v, out, lse, cu_seqlens, max_seqlen: int, scale: float, left: int, right: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v in their dtypes, contiguous."""
+    batch = _Batch.of(q, k, v, cu_seqlens, max_seqlen, scale, left, right)
+    return _backward(batch, _readable(grad.to(q.dtype)), out, lse)
+
+
+def _backward(batch: _Batch, grad, out, lse) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`grad`: (T, H, D), or (B, H, D) float32 with `out` None."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (batch.q, batch.k, batch.v))
+    if dq.numel() == 0:
+        return dq, dk, dv
+    delta = torch.empty_like(lse)
+    shared = {"grad": grad, "lse": lse, "delta": delta} | _strides("grad", grad) | batch.window
+    with on_device(dq):
+        grid, given, _ = batch.arguments("dq", dq.shape[1])
+        dq_kernel[grid](**given, **shared, out=out, dq=dq, scale=batch.scale)
+        grid, given, _ = batch.arguments("dkv", dk.shape[1])
+        # The sign of the scale is in the negated q.
+        dkv_kernel[grid](**given, **shared, dk=dk, dv=dv, scale=abs(batch.scale), POOLED=out is None)
+    return dq, dk, dv
+
+
+def attention_mean_pool(q, k, v, cu_seqlens, max_seqlen: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, H, D) and the log-sum-exp of the rows, (H, T), both float32."""
+    sequences, (heads, width) = cu_seqlens.numel() - 1, q.shape[1:]
+    pooled, lse = torch.empty(sequences, heads, width, device=q.device, dtype=torch.float32), _lse_like(q)
+    if q.shape[0] == 0 or sequences == 0:
+        return pooled.zero_(), lse
+    batch = _Batch.of(q, k, v, cu_seqlens, max_seqlen, scale)
+    _attend(batch, None, lse)
+    grid, given, config = batch.arguments("column", heads)
+    places, blocks, search = batch.places(config.rows)
+    partial = torch.empty(places, heads, width, device=q.device, dtype=torch.float32)
+    constants = _join_constants(heads * width, config.rows, search)
+    with on_device(lse):
+        column_kernel[grid](**given, lse=lse, partial=partial)
+        join_kernel[sequences, triton.cdiv(heads * width, constants["COLUMNS"])](
+            partial, batch.cu_seqlens, pooled, blocks, heads * width, **constants, **JOIN_OPTIONS
+        )
+    return pooled, lse
+
+
+JOIN_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def _join_constants(width: int, size: int, search: bool) -> dict:
+    return {"SIZE": size, "SEARCH": search, "ROWS": 4, "COLUMNS": min(next_power_of_2(width), 512)}
+
+
+def attention_mean_pool_backward(
+    grad, q, k, v, lse, cu_seqlens, max_seqlen: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v in their dtypes, contiguous, for `grad` (B, H, D)."""
+    batch = _Batch.of(q, k, v, cu_seqlens, max_seqlen, scale)
+    return _backward(batch, grad.float().contiguous(), None, lse)
+
+
+# What is shipped, for the proof without a GPU
+
+# Longest and mean length in tokens: texts of one block, the real mix, documents.
+LENGTHS = {"short": (64, 30), "mixed": (512, 70), "long": (512, 512)}
+KERNELS = {
+    "attend": attend_kernel,
+    "dq": dq_kernel,
+    "dkv": dkv_kernel,
+    "column": column_kernel,
+}
+TESTED = {
+    ("attend", 32, "bf16", "short"),
+    ("attend", 32, "bf16", "mixed"),
+}
+
+
+def shipped() -> list[Shipped]:
+    """What the launches above launch for widths 32, 64 and 128, for each class of lengths, and for odd cases."""
+    found = [_shipped_join(tested=True)]
+    for dtype in ("bf16", "fp32"):
+        for width in (32, 64, 128):
+            for lengths in LENGTHS:
+                found += [_shipped(name, width, dtype, lengths) for name in KERNELS]
+    return found
+
+
+def _shipped(name: str, width: int, dtype: str, lengths: str, pooled: bool = False, **more) -> Shipped:
+    longest, mean = LENGTHS[lengths]
+    config = configure(name, width, dtype == "fp32", longest, mean)
+    kernel, window = KERNELS[name], {"LEFT": False, "RIGHT": False} | more
+    types = dict.fromkeys(("q", "k", "v", "out", "dq", "dk", "dv"), f"*{dtype}:16")
+    types |= dict.fromkeys(("lse", "delta", "partial"), "*fp32:16") | {"cu_seqlens": "*i32:16"}
+    types |= {"grad": f"*{'fp32' if pooled else dtype}:16"} | dict.fromkeys(PLAIN, "i32")
+    types |= {"scale": "fp32", "log2_scale": "fp32"}
+    absent = ("v", "out") if pooled and name == "attend" else ("out",) if pooled else ()
+    constants = _constants(
+        width,
+        more.get("group", 1),
+        config,
+        ONE=longest <= config.columns,
+        NEGATE=False,
+        SEARCH=lengths == "mixed",
+        PRECISION="ieee",
+        POOLED=pooled,
+        **window,
+    ) | dict.fromkeys(absent)
+    taken = kernel.arg_names
+    return Shipped(
+        "attention",
+        f"{name}{' pooled' if pooled else ''} {dtype} D={width} {lengths}",
+        kernel,
+        {argument: kind for argument, kind in types.items() if argument in taken and argument not in absent},
+        {argument: value for argument, value in constants.items() if argument in taken},
+        config.options,
+        tested=(name, width, dtype, lengths) in TESTED,
+    )
+
+
+def _shipped_join(tested: bool) -> Shipped:
+    types = {"partial": "*fp32:16", "cu_seqlens": "*i32:16", "pooled": "*fp32:16", "blocks": "i32", "width": "i32"}
+    return Shipped("attention", "join", join_kernel, types, _join_constants(384, 64, True), JOIN_OPTIONS, tested=tested)
