@@ -12,7 +12,6 @@ from leafkern.ops._core.normalize import at_least_float32
 from leafkern.ops._core.registration import register
 from leafkern.ops.attention import reference
 
-
 # The widest head that the kernels hold in registers; kernels.py can't be asked without triton.
 WIDEST_HEAD = 128
 

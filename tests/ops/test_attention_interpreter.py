@@ -1,0 +1,339 @@
+"""The Triton kernels of attention, run by Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpreter."""
+
+import pytest
+import torch
+from tolerances import TOLERANCE
+
+pytest.importorskip("triton")
+
+from leafkern.errors import BackendError
+from leafkern.ops import attention_mean_pool, varlen_attention
+from leafkern.ops._core import backend, launch
+from leafkern.ops.attention.reference import brute_attention, brute_attention_mean_pool
+
+pytestmark = pytest.mark.interpreter
+
+DTYPES = [torch.float32, torch.float16]
+# The first fills blocks and goes beyond them; the last has more places when counted by the longest than by tokens.
+RAGGED = [[33, 0, 1, 64], [1], [0], [0, 0, 4], [5, 0, 0], [2, 50, 0, 3, 1, 7, 1, 16]]
+OPS = torch.ops.leafkern
+
+
+@pytest.fixture(autouse=True)
+def _only_triton(monkeypatch):
+    """Falling back is an error here; memory that a kernel leaves unwritten shows as NaN."""
+    monkeypatch.setenv("LEAFKERN_BACKEND", "attention=triton")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["own", "16 x 32", "32 x 16"])
+def blocks(request, monkeypatch):
+    """Blocks as configured, or so small that every loop goes round; several heads or one to a program."""
+    from leafkern.ops.attention import kernels
+
+    if request.param != "own":
+        rows, columns = map(int, request.param.split(" x "))
+        small = kernels.Config(rows, columns, heads=3 if rows == 16 else 1, warps=1, stages=1)
+        monkeypatch.setattr(kernels, "configure", lambda *_: small)
+
+
+def bounds(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def make(tokens, heads=(4, 2), width=8, dtype=torch.float32):
+    """Leaves q (T, H, D), k and v (T, H_kv, D)."""
+    return [torch.randn(tokens, n, width, dtype=dtype).requires_grad_() for n in (heads[0], heads[1], heads[1])]
+
+
+def exactly(qkv):
+    return [x.detach().double().requires_grad_() for x in qkv]
+
+
+def relative(found, expected):
+    return (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)
+
+
+def hold(function, definition, qkv, cu, **options):
+    """Values and gradients against the float64 definition, with a random gradient of the result."""
+    exact, tolerance = exactly(qkv), TOLERANCE[qkv[0].dtype]
+    longest = int(cu.diff().max()) if cu.numel() > 1 else 0
+    found, expected = function(*qkv, cu, longest, **options), definition(*exact, cu, **options)
+    assert found.shape == expected.shape
+    assert relative(found, expected) <= tolerance
+    weights = torch.randn(found.shape, dtype=torch.float64)
+    grads = torch.autograd.grad(found, qkv, weights.to(found.dtype))
+    rights = torch.autograd.grad(expected, exact, weights, materialize_grads=True)
+    # Terms of dq and dk cancel, for a single token entirely: dv tells the size of the terms.
+    size = rights[2].norm()
+    for mine, right, x in zip(grads, rights, qkv, strict=True):
+        assert mine.dtype == x.dtype
+        assert mine.is_contiguous()
+        assert (mine.double() - right).norm() <= 2 * tolerance * torch.maximum(size, right.norm())
+
+
+def attention_definition(q, k, v, cu, *, scale=None, causal=False, window=(-1, -1)):
+    return brute_attention(q, k, v, cu, q.shape[2] ** -0.5 if scale is None else scale, causal, window)
+
+
+def pool_definition(q, k, v, cu, *, scale=None):
+    return brute_attention_mean_pool(q, k, v, cu, q.shape[2] ** -0.5 if scale is None else scale)
+
+
+def hold_attention(qkv, cu, **options):
+    hold(varlen_attention, attention_definition, qkv, cu, **options)
+
+
+def hold_pool(qkv, cu, **options):
+    hold(attention_mean_pool, pool_definition, qkv, cu, **options)
+
+
+def hold_both(qkv, cu, **options):
+    hold_attention(qkv, cu, **options)
+    hold_pool(qkv, cu, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_serves(dtype):
+    candidates = launch.candidates("attention", torch.device("cpu"), dtype)
+    assert backend.choose("attention", candidates) == "triton"
+
+
+@pytest.mark.parametrize("lengths", RAGGED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_definition(dtype, lengths, blocks):
+    hold_both(make(sum(lengths), dtype=dtype), bounds(lengths))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (5, 1), (6, 2)])
+def test_heads(heads, blocks):
+    hold_both(make(40, heads), bounds([21, 19]))
+
+
+@pytest.mark.parametrize("window", [(0, 0), (2, -1), (-1, 1), (0, 3), (20, 17), (1000, 1000)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_windows(causal, window, blocks):
+    hold_attention(make(75, (2, 1)), bounds([3, 0, 70, 2]), causal=causal, window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_causal(dtype, blocks):
+    hold_attention(make(120, (2, 1), dtype=dtype), bounds([3, 0, 100, 17]), causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 24, 32, 64, 104, 128])
+def test_widths(width, dtype):
+    lengths = [70, 0, 1, 20]
+    hold_both(make(sum(lengths), (2, 1), width, dtype), bounds(lengths))
+    hold_attention(make(sum(lengths), (2, 1), width, dtype), bounds(lengths), causal=True)
+
+
+@pytest.mark.parametrize("lengths", [[16] * 5, [500, 20], [20, 30] * 4])
+def test_configured_classes_of_lengths(lengths):
+    # Blocks as short as the texts, long ones, and two lengths to a block.
+    hold_both(make(sum(lengths), (2, 2), 32, torch.float16), bounds(lengths))
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 2.0])
+def test_scales(scale, blocks):
+    lengths = [20, 33]
+    cu, qkv = bounds(lengths), make(sum(lengths))
+    hold_both(qkv, cu, scale=scale)
+    hold_attention(qkv, cu, scale=scale, causal=True, window=(18, -1))
+
+
+def test_places_hold_every_block():
+    from leafkern.ops.attention import kernels
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        count = int(torch.randint(1, 9, (), generator=generator))
+        lengths = torch.randint(0, 70, (count,), generator=generator).tolist()
+        cu, size = bounds(lengths).tolist(), 16
+        first = [begin // size + number for number, begin in enumerate(cu)]
+        for number, length in enumerate(lengths):
+            assert first[number] + -(-length // size) <= first[number + 1]
+        q = torch.zeros(cu[-1], 1, 8)
+        places, blocks, search = kernels._Batch.of(q, q, q, bounds(lengths), 70, 1.0).places(size)
+        assert places >= first[count - 1] + -(-lengths[-1] // size) if search else places == count * blocks
+
+
+def test_more_sequences_than_one_step_of_the_search(monkeypatch):
+    from leafkern.ops.attention import kernels
+
+    # 61 sequences, 4 per step: three steps, the last ones ragged.
+    lengths = [3, 0, 1, 0, 2] * 12 + [40]
+    monkeypatch.setattr(kernels, "FAN", 4)
+    cu, qkv = bounds(lengths), make(sum(lengths), (1, 1))
+    places, _, search = kernels._Batch.of(*qkv, cu, 40, 1.0).places(16)
+    assert search
+    assert places < 61 * 3
+    monkeypatch.setattr(kernels, "configure", lambda *_: kernels.Config(16, 16, heads=1, warps=1, stages=1))
+    hold_both(qkv, cu)
+
+
+def test_only_empty_sequences():
+    for lengths in ([0, 0], []):
+        cu, qkv = bounds(lengths), make(0)
+        found = varlen_attention(*qkv, cu, 0)
+        assert found.shape == (0, 4, 8)
+        pooled = attention_mean_pool(*qkv, cu, 0)
+        assert torch.equal(pooled, torch.zeros(len(lengths), 4, 8))
+        for x in torch.autograd.grad(found.sum() + pooled.sum(), qkv):
+            assert x.shape[0] == 0
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_nan_stays_in_its_sequence(place, blocks):
+    cu, others = bounds([17, 20, 2]), [*range(17), 37, 38]
+    clean = [x.detach() for x in make(39)]
+    dirty = [x.clone() for x in clean]
+    # The last token of the second sequence, whose neighbours share its block.
+    dirty[place][36, 1, 2] = torch.nan
+    clean, dirty = ([x.requires_grad_() for x in qkv] for qkv in (clean, dirty))
+    for function, kept in ((varlen_attention, others), (attention_mean_pool, [0, 2])):
+        found, right = (function(*qkv, cu, 20) for qkv in (dirty, clean))
+        assert torch.equal(found[kept], right[kept])
+        assert found.isnan().any()
+        weights = torch.randn(found.shape)
+        grads = (torch.autograd.grad(out, qkv, weights) for out, qkv in ((found, dirty), (right, clean)))
+        for mine, good in zip(*grads, strict=True):
+            assert torch.equal(mine[others], good[others])
+
+
+def test_views_of_a_packed_tensor(monkeypatch, blocks):
+    cu, packed = bounds([20, 0, 7]), torch.randn(27, 3, 4, 8)
+    views = [x.detach().requires_grad_() for x in packed.unbind(1)]
+    assert not views[0].is_contiguous()
+    copies = []
+    contiguous = torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: (x.is_contiguous() or copies.append(x), contiguous(x))[1])
+    varlen_attention(*views, cu, 20)
+    attention_mean_pool(*views, cu, 20)
+    assert not copies
+    hold_both(views, cu)
+
+
+@pytest.mark.parametrize("layout", ["entries apart", "rows not aligned", "expanded"])
+def test_other_views(layout):
+    cu, wide = bounds([20, 0, 7]), torch.randn(27, 4, 24)
+    view = {
+        "entries apart": wide[..., ::3],
+        "rows not aligned": wide.view(27, 96)[:, :84].unflatten(1, (4, 21))[..., 1:9],
+        "expanded": wide[:, :1, 8:16].expand(27, 4, 8),
+    }[layout]
+    hold_both([view.detach().requires_grad_() for _ in range(3)], cu)
+
+
+def test_an_expanded_gradient():
+    cu, qkv = bounds([4, 2]), make(6)
+    exact = exactly(qkv)
+    found = torch.autograd.grad(varlen_attention(*qkv, cu, 4).sum(), qkv)
+    expected = torch.autograd.grad(attention_definition(*exact, cu).sum(), exact)
+    assert relative(found[2], expected[2]) <= TOLERANCE[torch.float32]
+
+
+def test_equal_values_leave_nothing_to_queries_and_keys(blocks):
+    # The weights add up to 1, so they don't matter when all values are the same. At scores of some 1,000 the rounding
+    # of lse moves recomputed weights by about 1e-4 of themselves; it must cancel.
+    q, k, _ = (30 * x.detach() for x in make(90))
+    qkv = [x.requires_grad_() for x in (q, k, torch.randn(1, 2, 8).repeat(90, 1, 1))]
+    for function, rows in ((varlen_attention, 90), (attention_mean_pool, 2)):
+        out = function(*qkv, bounds([40, 50]), 50, scale=1.0)
+        dq, dk, dv = torch.autograd.grad(out, qkv, torch.randn(rows, 4, 8))
+        bound = 3e-7 * dv.norm() / 90**0.5
+        assert dq.norm() <= bound * k.norm()
+        assert dk.norm() <= bound * q.norm()
+
+
+def test_lse_is_the_logarithm_of_the_sum(blocks):
+    cu, (q, k, v) = bounds([20, 35]), (x.detach() for x in make(55, (2, 2), 16))
+    expected = torch.cat(
+        [torch.einsum("ihd,jhd->hij", q[rows], k[rows]).mul(0.3).logsumexp(-1) for rows in (slice(20), slice(20, 55))],
+        1,
+    )
+    for found in (
+        OPS.varlen_attention(q, k, v, cu, 35, 0.3, False, -1, -1)[1],
+        OPS.attention_mean_pool(q, k, v, cu, 35, 0.3)[1],
+    ):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_int64_bounds_and_a_longer_max_seqlen():
+    qkv, cu = make(24), bounds([14, 10])
+    for function in (varlen_attention, attention_mean_pool):
+        expected = function(*qkv, cu, 14)
+        assert torch.equal(function(*qkv, cu.long(), 14), expected)
+        torch.testing.assert_close(function(*qkv, cu, 999), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_same_bits_every_time(blocks):
+    qkv, cu = make(50), bounds([33, 17])
+    for function in (varlen_attention, attention_mean_pool):
+        first, second = (
+            (out, *torch.autograd.grad(out.square().sum(), qkv)) for out in (function(*qkv, cu, 33) for _ in range(2))
+        )
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_opcheck():
+    cu, qkv = bounds([3, 0, 5]), make(8)
+    plain = [x.detach() for x in qkv]
+    torch.library.opcheck(OPS.varlen_attention.default, (*qkv, cu, 5, 0.3, True, 2, -1))
+    out, lse = OPS.varlen_attention(*plain, cu, 5, 0.3, True, 2, -1)
+    arguments = (torch.randn_like(out), *plain, out, lse, cu, 5, 0.3, True, 2, -1)
+    torch.library.opcheck(OPS.varlen_attention_backward.default, arguments)
+    torch.library.opcheck(OPS.attention_mean_pool.default, (*qkv, cu, 5, 0.3))
+    pooled, lse = OPS.attention_mean_pool(*plain, cu, 5, 0.3)
+    torch.library.opcheck(OPS.attention_mean_pool_backward.default, (torch.randn_like(pooled), *plain, lse, cu, 5, 0.3))
+
+
+def test_compiled_equals_eager():
+    qkv, cu = make(20), bounds([12, 8])
+
+    def both(q, k, v):
+        return varlen_attention(q, k, v, cu, 12, causal=True), attention_mean_pool(q, k, v, cu, 12)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    found, expected = compiled(*qkv), both(*qkv)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    grads = (torch.autograd.grad(sum(x.square().sum() for x in out), qkv) for out in (found, expected))
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+def test_products_of_float32_follow_torch(monkeypatch):
+    from leafkern.ops.attention import kernels
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        assert kernels.precision(torch.float32) == "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert kernels.precision(torch.float32) == "tf32"
+        assert kernels.precision(torch.float16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "reason"),
+    [
+        (torch.bfloat16, 8, "bfloat16 arithmetic is wrong"),
+        (torch.float64, 8, "no kernel for float64"),
+        (torch.float32, 12, "D = 12; its kernels take multiples of 8 up to 128"),
+        (torch.float32, 136, "D = 136; its kernels take"),
+    ],
+)
+def test_what_the_kernels_cannot_serve(monkeypatch, dtype, width, reason):
+    qkv, cu = make(5, width=width, dtype=dtype), bounds([3, 2])
+    for function in (varlen_attention, attention_mean_pool):
+        with pytest.raises(BackendError, match=reason):
+            function(*qkv, cu, 3)
+    monkeypatch.delenv("LEAFKERN_BACKEND")
+    backend._warn_once.cache_clear()
+    with pytest.warns(backend.FallbackWarning, match=reason):
+        hold_both(qkv, cu)
