@@ -13,12 +13,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def pytest_collection_modifyitems(items):
     import torch
 
-    if torch.cuda.is_available():
-        return
-    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    from leafkern.ops._core.launch import interpreting
+
+    # Triton reads TRITON_INTERPRET when a kernel is decorated: one process either interprets kernels or compiles them.
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(no_gpu)
+        interprets = item.get_closest_marker("interpreter") is not None
+        if interprets and not interpreting():
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 (make test runs it so)"))
+        elif interpreting() and not interprets:
+            item.add_marker(pytest.mark.skip(reason="TRITON_INTERPRET=1 is for the interpreter's tests"))
+        elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture(scope="session")

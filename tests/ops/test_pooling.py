@@ -1,10 +1,12 @@
 """mean_pool and norm_mean_pool against their definitions, their gradients, edge cases, and torch.compile."""
 
+import sys
+
 import pytest
 import torch
 from tolerances import TOLERANCE
 
-from leafkern.errors import InputError
+from leafkern.errors import BackendError, InputError
 from leafkern.ops import mean_pool, norm_mean_pool
 from leafkern.ops.pooling import NORMS, autograd
 from leafkern.ops.pooling.reference import brute_mean_pool, brute_norm_mean_pool
@@ -116,6 +118,18 @@ def test_half_precision_is_summed_in_float32():
     torch.testing.assert_close(mean_pool(x, bounds([5000])), x[:1].float())
 
 
+def test_triton_is_not_for_cpu_tensors(monkeypatch):
+    monkeypatch.setenv("LEAFKERN_BACKEND", "triton")
+    with pytest.raises(BackendError, match=r"pooling=triton.* only under TRITON_INTERPRET=1"):
+        mean_pool(torch.randn(3, 2), bounds([3]))
+
+
+def test_the_reference_serves_the_cpu_unasked(recwarn):
+    mean_pool(torch.randn(3, 2), bounds([3]))
+    assert not recwarn.list
+    assert "leafkern.ops.pooling.kernels" not in sys.modules
+
+
 def test_non_contiguous_input():
     x = torch.randn(6, 10)
     torch.testing.assert_close(mean_pool(x.T, bounds([4, 6])), mean_pool(x.T.contiguous(), bounds([4, 6])))
@@ -167,6 +181,12 @@ def test_opcheck():
     for layer, residual in ((True, True), (False, False)):
         arguments = norm_arguments(7, 6, torch.float32, residual=residual, bias=residual)
         torch.library.opcheck(torch.ops.leafkern.norm_mean_pool.default, (*arguments, cu, 1e-5, layer))
+        x, other, weight, _ = (None if a is None else a.detach() for a in arguments)
+        grad = torch.randn(3, 6)
+        torch.library.opcheck(
+            torch.ops.leafkern.norm_mean_pool_backward.default, (grad, x, other, weight, cu, 1e-5, layer)
+        )
+    torch.library.opcheck(torch.ops.leafkern.mean_pool_backward.default, (grad, cu, 7, torch.bfloat16))
 
 
 def test_compiled_equals_eager():

@@ -3,7 +3,6 @@
 import torch
 
 from leafkern.errors import InputError, unknown_name
-from leafkern.ops._core.backend import choose
 from leafkern.ops._core.checks import check_cu_seqlens, check_floating, check_same_device
 from leafkern.ops._core.normalize import normalize_rows
 from leafkern.ops.pooling import autograd
@@ -19,12 +18,13 @@ def mean_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, *, normalize: bool = Fa
     x: (T, D), any float dtype. cu_seqlens: (B+1,) int32, rising from 0 to T. Returns (B, D) in float32 (float64 for
     float64 input): half precision is accumulated, and returned, in float32. An empty sequence pools to 0.
     normalize: divide each row by max(‖row‖, 1e-12); a zero row stays zero, with gradient 0.
-    Differentiable in x. A non-contiguous or half-precision x is copied.
+    Differentiable in x.
+    Backends: Triton (CUDA; fp32, fp16, bf16): rows of x may lie apart, but where the entries of a row are not adjacent
+    x is copied; same result every time. Reference (everything else): a non-contiguous or half-precision x is copied.
     """
     x = check_floating("x", x, ndim=2)
     check_cu_seqlens(cu_seqlens, x.shape[0])
     check_same_device(x=x, cu_seqlens=cu_seqlens)
-    choose("pooling", {"reference": None})
     pooled = autograd.mean_pool(x, cu_seqlens)
     return normalize_rows(pooled) if normalize else pooled
 
@@ -47,7 +47,10 @@ def norm_mean_pool(
     (Zhang and Sennrich, arXiv 1910.07467); eps is added to the variance or mean square. Returns (B, D) in float32
     (float64 for float64 input); statistics and sums are accumulated in that dtype. An empty sequence pools to 0.
     normalize: divide each row by max(‖row‖, 1e-12); a zero row stays zero, with gradient 0.
-    Differentiable in x, residual, weight and bias. The normalised tokens never exist as a whole in the forward pass.
+    Differentiable in x, residual, weight and bias. The normalised tokens never exist as a whole in the forward pass,
+    and the backward pass computes the statistics again.
+    Backends: Triton (CUDA; each argument fp32, fp16 or bf16; D up to 8192): reads x and residual once; the same layout
+    rule as `mean_pool`; same result every time. Reference (everything else): PyTorch, a block of tokens at a time.
     """
     x = check_floating("x", x, ndim=2)
     if residual is not None:
@@ -65,6 +68,5 @@ def norm_mean_pool(
         raise InputError(f"eps: {eps}; expected a number that is not negative")
     check_cu_seqlens(cu_seqlens, x.shape[0])
     check_same_device(x=x, residual=residual, weight=weight, bias=bias, cu_seqlens=cu_seqlens)
-    choose("pooling", {"reference": None})
     pooled = autograd.norm_mean_pool(x, residual, weight, bias, cu_seqlens, float(eps), kind == "layer")
     return normalize_rows(pooled) if normalize else pooled

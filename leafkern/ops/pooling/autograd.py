@@ -1,10 +1,30 @@
-"""Forward/backward pairs of the pooling operations and their registration with torch.library."""
+"""Forward/backward pairs of the pooling operations and their registration with torch.library.
+
+The backend is chosen inside the implementations, forward and backward alike: torch.compile sees one opaque call each.
+"""
 
 import torch
 import torch.nn.functional as F
 
+from leafkern.ops._core import launch
+from leafkern.ops._core.backend import choose
 from leafkern.ops._core.normalize import at_least_float32
 from leafkern.ops._core.registration import register
+
+# The widest row that the kernels of norm_mean_pool hold in registers; kernels.py can't be asked without triton.
+WIDEST_NORM = 8192
+
+
+def _backend(x: torch.Tensor, *dtypes: torch.dtype) -> str:
+    return choose("pooling", launch.candidates("pooling", x.device, *dtypes))
+
+
+def _norm_backend(x: torch.Tensor, *others: torch.Tensor | None) -> str:
+    dtypes = [tensor.dtype for tensor in (x, *others) if tensor is not None]
+    candidates, width = launch.candidates("pooling", x.device, *dtypes), x.shape[1]
+    if width > WIDEST_NORM and "triton" in candidates:
+        candidates["triton"] = candidates["triton"] or f"D = {width}; its kernel takes at most {WIDEST_NORM}"
+    return choose("pooling", candidates)
 
 
 def segment_sum(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -27,6 +47,10 @@ def sequence_of(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def _mean_pool(x, cu_seqlens):
+    if _backend(x, x.dtype) == "triton":
+        from leafkern.ops.pooling import kernels
+
+        return kernels.mean_pool(x, cu_seqlens)
     return segment_sum(x, cu_seqlens) / lengths_of(cu_seqlens)
 
 
@@ -40,10 +64,30 @@ def _mean_pool_context(ctx, inputs, output):
     ctx.save_for_backward(cu_seqlens)
 
 
+def _mean_pool_grad(grad, cu_seqlens, tokens, dtype):
+    if _backend(grad, grad.dtype, dtype) == "triton":
+        from leafkern.ops.pooling import kernels
+
+        return kernels.mean_pool_backward(grad, cu_seqlens, tokens, dtype)
+    share = (grad / lengths_of(cu_seqlens)).to(dtype)
+    return share.index_select(0, sequence_of(cu_seqlens, tokens))
+
+
+def _mean_pool_grad_fake(grad, cu_seqlens, tokens, dtype):
+    return grad.new_empty(tokens, grad.shape[1], dtype=dtype)
+
+
+register(
+    "mean_pool_backward(Tensor grad, Tensor cu_seqlens, SymInt tokens, ScalarType dtype) -> Tensor",
+    _mean_pool_grad,
+    _mean_pool_grad_fake,
+)
+
+
 def _mean_pool_backward(ctx, grad):
     (cu_seqlens,) = ctx.saved_tensors
-    share = (grad / lengths_of(cu_seqlens)).to(ctx.dtype)
-    return share.index_select(0, sequence_of(cu_seqlens, ctx.tokens)), None
+    # Through the dispatcher, in eager mode too: whatever traces a backward pass must meet one opaque call.
+    return torch.ops.leafkern.mean_pool_backward(grad, cu_seqlens, ctx.tokens, ctx.dtype), None
 
 
 mean_pool = register(
@@ -71,6 +115,10 @@ def _normed(x, residual, weight, bias, eps, layer):
 
 
 def _norm_mean_pool(x, residual, weight, bias, cu_seqlens, eps, layer):
+    if _norm_backend(x, residual, weight, bias) == "triton":
+        from leafkern.ops.pooling import kernels
+
+        return kernels.norm_mean_pool(x, residual, weight, bias, cu_seqlens, eps, layer)
     tokens, dtype = x.shape[0], at_least_float32(x.dtype)
     total = torch.zeros(cu_seqlens.numel() - 1, x.shape[1], device=x.device, dtype=dtype)
     size = _BLOCK.get(x.device.type, 65536)
@@ -87,22 +135,28 @@ def _norm_mean_pool_fake(x, residual, weight, bias, cu_seqlens, eps, layer):
 
 def _norm_mean_pool_context(ctx, inputs, output):
     x, residual, weight, bias, cu_seqlens, ctx.eps, ctx.layer = inputs
-    ctx.save_for_backward(x, residual, weight, bias, cu_seqlens)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, residual, weight, cu_seqlens)
 
 
-def _norm_mean_pool_backward(ctx, grad):
-    x, residual, weight, bias, cu_seqlens = ctx.saved_tensors
+def _norm_mean_pool_grad(grad, x, residual, weight, cu_seqlens, eps, layer):
+    """Gradients of x + residual, in the wider dtype of the two, and of weight and bias, in the dtype of `grad`."""
+    if _norm_backend(x, residual, weight) == "triton":
+        from leafkern.ops.pooling import kernels
+
+        return kernels.norm_mean_pool_backward(grad, x, residual, weight, cu_seqlens, eps, layer)
     share = (grad / lengths_of(cu_seqlens)).index_select(0, sequence_of(cu_seqlens, x.shape[0]))
-    dx, dweight, dbias = _norm_backward(share, x, residual, weight, ctx.eps, ctx.layer)
-    return (
-        dx.to(x.dtype),
-        None if residual is None else dx.to(residual.dtype),
-        dweight.to(weight.dtype),
-        None if bias is None else dbias.to(bias.dtype),
-        None,
-        None,
-        None,
-    )
+    dx, dweight, dbias = _norm_backward(share, x, residual, weight, eps, layer)
+    return dx.to(_summed_dtype(x, residual)), dweight, dbias
+
+
+def _norm_mean_pool_grad_fake(grad, x, residual, weight, cu_seqlens, eps, layer):
+    dx = torch.empty(x.shape, device=x.device, dtype=_summed_dtype(x, residual))
+    return dx, grad.new_empty(weight.shape), grad.new_empty(weight.shape)
+
+
+def _summed_dtype(x, residual):
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
 def _norm_backward(grad, x, residual, weight, eps, layer):
@@ -118,6 +172,29 @@ def _norm_backward(grad, x, residual, weight, eps, layer):
     if layer:
         projected = projected - inner.mean(-1, keepdim=True)
     return projected * inverse, (grad * unit).sum(0), grad.sum(0)
+
+
+register(
+    "norm_mean_pool_backward(Tensor grad, Tensor x, Tensor? residual, Tensor weight, Tensor cu_seqlens, float eps,"
+    " bool layer) -> (Tensor, Tensor, Tensor)",
+    _norm_mean_pool_grad,
+    _norm_mean_pool_grad_fake,
+)
+
+
+def _norm_mean_pool_backward(ctx, grad):
+    x, residual, weight, cu_seqlens = ctx.saved_tensors
+    arguments = grad, x, residual, weight, cu_seqlens, ctx.eps, ctx.layer
+    dx, dweight, dbias = torch.ops.leafkern.norm_mean_pool_backward(*arguments)
+    return (
+        dx.to(x.dtype),
+        None if residual is None else dx.to(residual.dtype),
+        dweight.to(weight.dtype),
+        None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
+        None,
+        None,
+        None,
+    )
 
 
 norm_mean_pool = register(

@@ -1,0 +1,423 @@
+"""Triton kernels of mean_pool and norm_mean_pool, forward and backward.
+
+Work. T tokens of width D, B sequences, s bytes per entry. Forward: about 2 (mean) or 8 (norm) operations per entry of
+x, far below the arithmetic limit of any GPU; what counts are the bytes: x and residual once, 2·T·D·s, and B·D·4
+written. Backward: x and residual once more and dx once, 3·T·D·s (mean_pool: dx alone). The statistics of the norm are
+computed again: keeping them would save no byte of x.
+
+Order. Programs get equal shares of *tokens*, not of sequences: `chunk` consecutive tokens each, so that one long
+sequence among short ones, one sequence alone, and thousands all fill the GPU alike, and no length has to be known on
+the host. A program finds its first sequence by search in cu_seqlens and walks to the end of its share. A sequence that
+lies within one share is finished there; of the others, each share writes its sum to `partial` ((chunks, 2, D) float32;
+place 0: the sequence began before the share, 1: it began inside), and a second kernel adds these in order of tokens.
+That costs at most 16 bytes per entry and program, some percent of x at the smallest batch that fills the GPU.
+As weight and bias are the same for every token, they are applied once per sequence, to the mean of the normed tokens;
+in the backward pass, the gradient of a token's norm is the same for all tokens of its sequence.
+No atomics: a result depends on nothing but its inputs and the number of multiprocessors.
+
+Memory. Rows of x and residual may lie apart (views of a wider tensor); the entries of a row must be adjacent, else the
+tensor is copied. Loads are upcast at once: statistics and sums are float32. Addresses are 64-bit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from leafkern.ops._core.cubin import Shipped
+from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, unit_columns
+from leafkern.ops.pooling.autograd import WIDEST_NORM
+
+# Tokens of a share at the least: below, a second kernel for the pieces costs more than the idle programs.
+SHORTEST_SHARE = 16
+# Entries of cu_seqlens that one step of the search looks at.
+FAN = 256
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is cut: a tile is `rows` tokens by `columns` entries, and `programs` run on a multiprocessor at
+    once, for which each gets its part of the registers."""
+
+    rows: int
+    columns: int
+    warps: int
+    programs: int
+
+    @property
+    def options(self) -> dict:
+        """What the launch passes to the compiler. Left alone, ptxas spills to win occupancy that the launch never uses;
+        fusing multiplication and addition is Triton's default, which 3.10 changes and 3.9 warns about."""
+        registers = 65536 // (32 * self.warps * self.programs) // 8 * 8
+        return {"num_warps": self.warps, "maxnreg": min(registers, 255), "enable_fp_fusion": True}
+
+
+def configure(width: int, norm: bool, backward: bool) -> Config:
+    """The heuristic. About 16 entries of a tile per thread, and enough programs for the bytes in flight that hide the
+    latency of memory (about 24 KiB per multiprocessor on an H100), as far as their registers allow."""
+    if not norm:
+        columns = min(next_power_of_2(width), 512)
+        return Config(rows=min(16, 2048 // columns), columns=columns, warps=4, programs=8)
+    columns = next_power_of_2(width)
+    warps = 4 if columns <= 2048 else 8 if columns <= 4096 else 16
+    rows = min(8, max(1, 512 * warps // columns))
+    return Config(rows=rows, columns=columns, warps=warps, programs=(16 if backward else 20) // warps or 1)
+
+
+@triton.jit
+def _sequence_of(cu_seqlens, token, sequences, FAN: tl.constexpr):
+    # The last sequence that begins at or before `token`: never an empty one.
+    first = token * 0
+    width = first + sequences
+    while width > 1:
+        step = (width + FAN - 1) // FAN
+        probe = tl.arange(0, FAN) * step
+        begin = tl.load(cu_seqlens + first + probe, mask=probe < width, other=0)
+        passed = tl.sum(((probe < width) & (begin <= token)).to(tl.int32), 0)
+        first += tl.maximum(passed - 1, 0) * step
+        width = tl.minimum(step, sequences - first)
+    return first
+
+
+@triton.jit
+def _unit(x, residual, rows, columns, valid, x_stride, residual_stride, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
+    # x + residual of a tile, normed without weight and bias; and 1 / deviation of each row.
+    h = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=valid, other=0.0).to(tl.float32)
+    if residual is not None:
+        other = tl.load(residual + rows[:, None] * residual_stride + columns[None, :], mask=valid, other=0.0)
+        h += other.to(tl.float32)
+    inverse = tl.full([h.shape[0]], 1.0, tl.float32)
+    if NORM == "layer":
+        h = tl.where(valid, h - tl.sum(h, 1)[:, None] / WIDTH, 0.0)
+    if NORM != "none":
+        inverse = tl.rsqrt(tl.sum(h * h, 1) / WIDTH + eps)
+        h *= inverse[:, None]
+    return h, inverse
+
+
+@triton.jit
+def _finish(total, length, weight, bias, columns, inside):
+    mean = total / length.to(tl.float32)
+    if weight is not None:
+        mean *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        mean += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    return mean
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "chunk"])
+def pool_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    cu_seqlens,
+    pooled,
+    partial,
+    x_stride,
+    residual_stride,
+    tokens,
+    sequences,
+    chunk,
+    eps,
+    WIDTH: tl.constexpr,
+    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FAN: tl.constexpr,
+):
+    i_chunk = tl.program_id(0).to(tl.int64)
+    low = i_chunk * chunk
+    high = tl.minimum(low + chunk, tokens)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < WIDTH
+    i_sequence = _sequence_of(cu_seqlens, low, sequences, FAN)
+    start = low
+    while (start < high) & (i_sequence < sequences):
+        begin = tl.load(cu_seqlens + i_sequence).to(tl.int64)
+        end = tl.load(cu_seqlens + i_sequence + 1).to(tl.int64)
+        stop = tl.minimum(end, high)
+        tile = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for row in range(start, stop, ROWS):
+            rows = row + tl.arange(0, ROWS)
+            valid = (rows < stop)[:, None] & inside[None, :]
+            h, _ = _unit(x, residual, rows, columns, valid, x_stride, residual_stride, eps, WIDTH, NORM)
+            # A row beyond the end is no row of zeros: without eps, its deviation is 0.
+            tile += tl.where(valid, h, 0.0)
+        total = tl.sum(tile, 0)
+        if (begin >= low) & (end <= high):
+            if end > begin:
+                mean = _finish(total, end - begin, weight, bias, columns, inside)
+                tl.store(pooled + i_sequence * WIDTH + columns, mean, mask=inside)
+        else:
+            place = 2 * i_chunk + (begin >= low).to(tl.int64)
+            tl.store(partial + place * WIDTH + columns, total, mask=inside)
+        start = tl.maximum(start, stop)
+        i_sequence += 1
+
+
+@triton.jit(do_not_specialize=["chunk"])
+def join_kernel(
+    partial,
+    weight,
+    bias,
+    cu_seqlens,
+    pooled,
+    chunk,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    # One sequence: the sum of its pieces if several programs shared it; 0 if it is empty; else it is done.
+    i_sequence = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < WIDTH
+    begin = tl.load(cu_seqlens + i_sequence).to(tl.int64)
+    end = tl.load(cu_seqlens + i_sequence + 1).to(tl.int64)
+    o_pooled = pooled + i_sequence * WIDTH + columns
+    if end <= begin:
+        tl.store(o_pooled, tl.zeros([COLUMNS], tl.float32), mask=inside)
+    else:
+        first = begin // chunk
+        last = (end - 1) // chunk
+        if last > first:
+            tile = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for i_chunk in range(first, last + 1, ROWS):
+                chunks = i_chunk + tl.arange(0, ROWS)
+                places = 2 * chunks + (chunks == first).to(tl.int64)
+                valid = (chunks <= last)[:, None] & inside[None, :]
+                tile += tl.load(partial + places[:, None] * WIDTH + columns[None, :], mask=valid, other=0.0)
+            mean = _finish(tl.sum(tile, 0), end - begin, weight, bias, columns, inside)
+            tl.store(o_pooled, mean, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "chunk"])
+def backward_kernel(
+    grad,
+    x,
+    residual,
+    weight,
+    cu_seqlens,
+    dx,
+    partial,
+    x_stride,
+    residual_stride,
+    tokens,
+    sequences,
+    chunk,
+    eps,
+    WIDTH: tl.constexpr,
+    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FAN: tl.constexpr,
+):
+    i_chunk = tl.program_id(0).to(tl.int64)
+    low = i_chunk * chunk
+    high = tl.minimum(low + chunk, tokens)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < WIDTH
+    dweight = tl.zeros([ROWS, COLUMNS], tl.float32)
+    dbias = tl.zeros([COLUMNS], tl.float32)
+    i_sequence = _sequence_of(cu_seqlens, low, sequences, FAN)
+    start = low
+    while (start < high) & (i_sequence < sequences):
+        begin = tl.load(cu_seqlens + i_sequence).to(tl.int64)
+        end = tl.load(cu_seqlens + i_sequence + 1).to(tl.int64)
+        stop = tl.minimum(end, high)
+        b_grad = tl.load(grad + i_sequence * WIDTH + columns, mask=inside, other=0.0)
+        share = b_grad / tl.maximum(end - begin, 1).to(tl.float32)
+        inner = share
+        if NORM != "none":
+            inner = share * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+            # The sequence's bias gradient is counted once, where it begins.
+            dbias += tl.where((begin >= low) & (end > begin), b_grad, 0.0)
+        offset = tl.sum(inner, 0) / WIDTH
+        for row in range(start, stop, ROWS):
+            rows = row + tl.arange(0, ROWS)
+            valid = (rows < stop)[:, None] & inside[None, :]
+            if NORM == "none":
+                out = tl.broadcast_to(inner[None, :], [ROWS, COLUMNS])
+            else:
+                unit, inverse = _unit(x, residual, rows, columns, valid, x_stride, residual_stride, eps, WIDTH, NORM)
+                dweight += tl.where(valid, unit * share[None, :], 0.0)
+                along = tl.sum(inner[None, :] * unit, 1) / WIDTH
+                out = inner[None, :] - unit * along[:, None]
+                if NORM == "layer":
+                    out -= offset
+                out *= inverse[:, None]
+            tl.store(dx + rows[:, None] * WIDTH + columns[None, :], out.to(dx.dtype.element_ty), mask=valid)
+        start = tl.maximum(start, stop)
+        i_sequence += 1
+    if NORM != "none":
+        o_partial = partial + 2 * i_chunk * WIDTH + columns
+        tl.store(o_partial, tl.sum(dweight, 0), mask=inside)
+        tl.store(o_partial + WIDTH, dbias, mask=inside)
+
+
+# Launches
+
+NORMS = {True: "layer", False: "rms"}
+
+
+def _constants(width: int, norm: str, config: Config) -> dict:
+    return {"WIDTH": width, "NORM": norm, "ROWS": config.rows, "COLUMNS": config.columns, "FAN": FAN}
+
+
+def _join_constants(width: int) -> dict:
+    columns = min(next_power_of_2(width), 256)
+    return {"WIDTH": width, "ROWS": 8, "COLUMNS": columns}
+
+
+JOIN_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def _shares(x_device: torch.Tensor, tokens: int, blocks: int, config: Config) -> tuple[int, int]:
+    """(tokens per program, programs): one wave, all resident, in whole tiles."""
+    programs = max(1, multiprocessors(x_device) * config.programs // blocks)
+    chunk = max(SHORTEST_SHARE, triton.cdiv(tokens, programs))
+    chunk = triton.cdiv(chunk, config.rows) * config.rows
+    return chunk, triton.cdiv(tokens, chunk)
+
+
+def _pool(x, residual, weight, bias, cu_seqlens, eps: float, norm: str) -> torch.Tensor:
+    (tokens, width), sequences = x.shape, cu_seqlens.numel() - 1
+    pooled = torch.empty(sequences, width, device=x.device, dtype=torch.float32)
+    if pooled.numel() == 0:
+        return pooled
+    config = configure(width, norm != "none", backward=False)
+    blocks = triton.cdiv(width, config.columns)
+    chunk, programs = _shares(x, tokens, blocks, config)
+    x, residual = unit_columns(x), None if residual is None else unit_columns(residual)
+    weight, bias, cu_seqlens = (None if v is None else v.contiguous() for v in (weight, bias, cu_seqlens))
+    partial = torch.empty(programs, 2, width, device=x.device, dtype=torch.float32)
+    with on_device(x):
+        if tokens:
+            pool_kernel[programs, blocks](
+                x,
+                residual,
+                weight,
+                bias,
+                cu_seqlens,
+                pooled,
+                partial,
+                x.stride(0),
+                x.stride(0) if residual is None else residual.stride(0),
+                tokens,
+                sequences,
+                chunk,
+                eps,
+                **_constants(width, norm, config),
+                **config.options,
+            )
+        constants = _join_constants(width)
+        join_kernel[sequences, triton.cdiv(width, constants["COLUMNS"])](
+            partial, weight, bias, cu_seqlens, pooled, chunk, **constants, **JOIN_OPTIONS
+        )
+    return pooled
+
+
+def _pool_backward(grad, x, residual, weight, cu_seqlens, eps: float, norm: str, dx: torch.Tensor):
+    """Fills `dx`; returns the gradients of weight and bias as (2, D) float32, None without a norm."""
+    tokens, width = dx.shape
+    if tokens == 0 or width == 0:
+        return None if norm == "none" else torch.zeros(2, width, device=dx.device, dtype=torch.float32)
+    config = configure(width, norm != "none", backward=True)
+    blocks = triton.cdiv(width, config.columns)
+    chunk, programs = _shares(dx, tokens, blocks, config)
+    grad, cu_seqlens = grad.contiguous(), cu_seqlens.contiguous()
+    x, residual = (None if v is None else unit_columns(v) for v in (x, residual))
+    weight = None if weight is None else weight.contiguous()
+    partial = None
+    if norm != "none":
+        partial = torch.empty(programs, 2, width, device=dx.device, dtype=torch.float32)
+    with on_device(dx):
+        backward_kernel[programs, blocks](
+            grad,
+            x,
+            residual,
+            weight,
+            cu_seqlens,
+            dx,
+            partial,
+            width if x is None else x.stride(0),
+            width if residual is None else residual.stride(0),
+            tokens,
+            cu_seqlens.numel() - 1,
+            chunk,
+            eps,
+            **_constants(width, norm, config),
+            **config.options,
+        )
+    return None if partial is None else partial.sum(0)
+
+
+def mean_pool(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    return _pool(x, None, None, None, cu_seqlens, 0.0, "none")
+
+
+def mean_pool_backward(grad: torch.Tensor, cu_seqlens: torch.Tensor, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    dx = torch.empty(tokens, grad.shape[1], device=grad.device, dtype=dtype)
+    _pool_backward(grad, None, None, None, cu_seqlens, 0.0, "none", dx)
+    return dx
+
+
+def norm_mean_pool(x, residual, weight, bias, cu_seqlens, eps: float, layer: bool) -> torch.Tensor:
+    return _pool(x, residual, weight, bias, cu_seqlens, eps, NORMS[layer])
+
+
+def norm_mean_pool_backward(
+    grad, x, residual, weight, cu_seqlens, eps: float, layer: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x + residual (in the wider dtype of the two), weight and bias (float32)."""
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    dx = torch.empty(x.shape, device=x.device, dtype=dtype)
+    dweight, dbias = _pool_backward(grad, x, residual, weight, cu_seqlens, eps, NORMS[layer], dx)
+    return dx, dweight.clone(), dbias.clone()
+
+
+# What is shipped, for the proof without a GPU
+
+WIDTHS = {"bf16": (384, 768, 1024, 2048, 4096, 100), "fp16": (384,), "fp32": (384, 1024, WIDEST_NORM)}
+TESTED = {(384, "bf16", "none"), (384, "fp32", "layer"), (768, "bf16", "layer"), (WIDEST_NORM, "fp32", "layer")}
+
+
+def shipped() -> list[Shipped]:
+    """What `_pool` and `_pool_backward` launch for the widths of encoders in use, the widest norm, and an odd one."""
+    found = [_shipped_join(384, tested=True), _shipped_join(100, tested=False)]
+    for dtype, widths in WIDTHS.items():
+        for width in widths:
+            for norm in ("none", "layer", "rms"):
+                tested = (width, dtype, norm) in TESTED
+                found += [_shipped(width, dtype, norm, backward, tested) for backward in (False, True)]
+    return found
+
+
+def _shipped(width: int, dtype: str, norm: str, backward: bool, tested: bool) -> Shipped:
+    config = configure(width, norm != "none", backward)
+    stride = "i32:16" if width % 16 == 0 else "i32"
+    counts = dict.fromkeys(("tokens", "sequences", "chunk"), "i32") | {"eps": "fp32"}
+    types = {"x": f"*{dtype}:16", "cu_seqlens": "*i32:16", "partial": "*fp32:16", "x_stride": stride, **counts}
+    types |= {"residual": f"*{dtype}:16", "weight": f"*{dtype}:16", "residual_stride": stride}
+    types |= {"grad": "*fp32:16", "dx": f"*{dtype}:16"} if backward else {"bias": f"*{dtype}:16", "pooled": "*fp32:16"}
+    absent = ()
+    if norm == "none":
+        absent = ("x", "residual", "weight", "partial") if backward else ("residual", "weight", "bias")
+    return Shipped(
+        "pooling",
+        f"{'backward' if backward else 'forward'} {norm} {dtype} D={width}",
+        backward_kernel if backward else pool_kernel,
+        {name: kind for name, kind in types.items() if name not in absent},
+        _constants(width, norm, config) | dict.fromkeys(absent),
+        config.options,
+        config.programs,
+        tested,
+    )
+
+
+def _shipped_join(width: int, tested: bool) -> Shipped:
+    types = {"partial": "*fp32:16", "weight": "*bf16:16", "bias": "*bf16:16", "cu_seqlens": "*i32:16"}
+    types |= {"pooled": "*fp32:16", "chunk": "i32"}
+    constants = _join_constants(width)
+    return Shipped("pooling", f"join bf16 D={width}", join_kernel, types, constants, JOIN_OPTIONS, tested=tested)

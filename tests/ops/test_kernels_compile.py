@@ -1,0 +1,133 @@
+"""Shipped Triton kernels compiled for sm_80, sm_90 and sm_100 without a GPU: no spill, shared memory within limits."""
+
+import dataclasses
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from leafkern.ops._core import cubin, launch
+
+pytestmark = pytest.mark.compile
+
+MOST_TESTED = 30
+
+if not launch.interpreting():
+    TESTED = [item for item in cubin.shipped() if item.tested]
+else:
+    TESTED = []
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return {(c.operation, c.name, c.architecture): c for c in cubin.compile_all(TESTED)}
+
+
+def test_the_list_is_whole_and_short():
+    items = cubin.shipped()
+    names = [(item.operation, item.name) for item in items]
+    assert len(names) == len(set(names))
+    assert 1 <= len(TESTED) <= MOST_TESTED
+    with_kernels = {item.operation for item in items}
+    assert "pooling" in with_kernels
+    assert {item.operation for item in TESTED} == with_kernels
+    # Every kernel of an operation is tested in at least one configuration.
+    assert {id(item.kernel) for item in TESTED} == {id(item.kernel) for item in items}
+
+
+@pytest.mark.parametrize("architecture", cubin.ARCHITECTURES)
+@pytest.mark.parametrize("item", TESTED, ids=lambda item: f"{item.operation} {item.name}")
+def test_fits(compiled, item, architecture):
+    found = compiled[item.operation, item.name, architecture]
+    assert not found.problems, found
+    assert 0 < found.registers <= 255
+    assert found.warps == item.options["num_warps"]
+
+
+@triton.jit
+def many_live_values(x, y, WIDTH: tl.constexpr):
+    columns = tl.arange(0, WIDTH)
+    first = tl.load(x + columns)
+    second = tl.load(x + WIDTH + columns)
+    # Both sums need all of both rows, so nothing loaded can be dropped before they are known.
+    tl.store(y + columns, first * tl.sum(second, 0) + second * tl.sum(first, 0))
+
+
+@triton.jit
+def product(x, y, out, SIDE: tl.constexpr, DEPTH: tl.constexpr):
+    rows, inner = tl.arange(0, SIDE), tl.arange(0, DEPTH)
+    total = tl.zeros([SIDE, SIDE], tl.float32)
+    for start in range(0, 4096, DEPTH):
+        a = tl.load(x + rows[:, None] * 4096 + start + inner[None, :])
+        b = tl.load(y + rows[None, :] * 4096 + start + inner[:, None])
+        total = tl.dot(a, b, total)
+    tl.store(out + rows[:, None] * SIDE + rows[None, :], total)
+
+
+def toy(width, warps):
+    pointers = {"x": "*fp32:16", "y": "*fp32:16"}
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return cubin.Shipped("toy", "many live values", many_live_values, pointers, {"WIDTH": width}, options)
+
+
+def toy_product(depth, stages):
+    pointers = {"x": "*fp16:16", "y": "*fp16:16", "out": "*fp32:16"}
+    options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": True}
+    return cubin.Shipped("toy", "product", product, pointers, {"SIDE": 128, "DEPTH": depth}, options)
+
+
+@pytest.mark.parametrize("architecture", cubin.ARCHITECTURES)
+def test_a_spill_is_seen(architecture):
+    narrow = cubin.compile_shipped(toy(1024, warps=4), architecture)
+    assert not narrow.problems
+    # 32,768 values on one warp, whose threads have 255 registers each at most.
+    wide = cubin.compile_shipped(toy(16384, warps=1), architecture)
+    assert wide.spilled > 0
+    assert "spills" in wide.problems[0]
+
+
+@pytest.mark.parametrize(("architecture", "limit"), [(80, 166_912), (90, 232_448), (100, 232_448)])
+def test_too_much_shared_memory_is_seen(architecture, limit):
+    # Tiles of 128 x 128 halves of both factors, 64 KiB, for three steps or four.
+    large = cubin.compile_shipped(toy_product(128, stages=4 if architecture == 80 else 5), architecture)
+    assert large.shared > limit
+    assert f"bytes of shared memory; sm_{architecture} has {limit} per block" in " ".join(large.problems)
+    small = cubin.compile_shipped(toy_product(64, stages=3), architecture)
+    assert 0 < small.shared <= limit
+    assert not small.problems
+
+
+def test_wgmma_is_seen_where_it_is():
+    assert [cubin.compile_shipped(toy_product(32, 3), a).wgmma for a in cubin.ARCHITECTURES] == [False, True, False]
+
+
+def test_occupancy_that_the_launch_counts_on_is_checked():
+    found = cubin.compile_shipped(toy(1024, warps=4), 90)
+    assert found.resident >= 2
+    crowded = dataclasses.replace(found, programs=found.resident + 1, problems=[])
+    assert "programs fit on a multiprocessor" in cubin.problems(crowded)[0]
+
+
+def test_a_signature_that_lacks_an_argument_is_refused():
+    item = dataclasses.replace(toy(64, warps=1), signature={"x": "*fp32"})
+    with pytest.raises(ValueError, match="neither type nor constant for y"):
+        cubin.compile_shipped(item, 90)
+
+
+def test_the_table_and_its_exit_status(tmp_path, capsys, monkeypatch):
+    kernels = pytest.importorskip("leafkern.bench.kernels")
+    join = next(item for item in cubin.shipped() if item.name.startswith("join") and item.tested)
+    report = tmp_path / "kernels.json"
+    assert kernels.main(["--json", str(report), "--only", join.name]) == 0
+    shown = capsys.readouterr().out
+    assert "join" in shown
+    assert "sm_100" in shown
+    assert {row["architecture"] for row in json.loads(report.read_text())["kernels"]} == {80, 90, 100}
+    bad = cubin.compile_shipped(toy(16384, warps=1), 90)
+    monkeypatch.setattr(cubin, "compile_all", lambda items, workers=None: [bad])
+    assert kernels.main(["--only", join.name]) == 1
+    assert "spills" in capsys.readouterr().out
