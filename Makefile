@@ -12,18 +12,30 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.inl csrc/*/*.h)
 
-.PHONY: demo test test-all bench setup clean
+.PHONY: demo test test-all kernels sanitize bench setup clean
 
 # TEACHER=folder-or-hub-id distils another model; DEMO_ARGS="--minutes 4" shortens the work.
 demo: $(VENV)/installed-demo
 	@$(RUN) -m leafkern.demo $(if $(TEACHER),--teacher $(TEACHER)) $(DEMO_ARGS)
 
+# Triton decides when it is imported whether kernels are interpreted or compiled: each in a process of its own.
 test: $(VENV)/installed-test
-	$(RUN) -m pytest -m "not slow and not gpu"
+	$(RUN) -m pytest -m "not slow and not gpu and not interpreter and not compile"
+	@if [ "$$(uname -s)" = Linux ]; then set -ex; \
+		TRITON_INTERPRET=1 $(RUN) -m pytest -m "interpreter and not slow"; \
+		$(RUN) -m pytest -m "compile and not slow"; fi
 
 # What `make test` leaves out for time.
 test-all: $(VENV)/installed-test
 	$(RUN) -m pytest -m "slow and not gpu"
+
+# Every shipped Triton kernel compiled for every architecture: registers, spills, shared memory.
+kernels: $(VENV)/installed-test
+	@$(RUN) -m leafkern.bench.kernels $(KERNELS_ARGS)
+
+# The native kernels' tests under the compiler's sanitizers; also part of test-all.
+sanitize: $(VENV)/installed-test
+	$(RUN) -m pytest -m slow -k sanitizers tests/ops/test_native_build.py
 
 bench: $(VENV)/installed-test
 	$(RUN) -m leafkern bench --peers

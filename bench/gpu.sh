@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds leafkern on a GPU machine without network, runs the GPU tests and benchmarks, and leaves one JSON per stage.
 #
-#   bench/gpu.sh OUTDIR [STAGE...]        stages: tests search encoder (default: all)
+#   bench/gpu.sh OUTDIR [STAGE...]        stages: tests native sanitizer search encoder pooling (default: all)
 #
 # The machine brings torch, triton, transformers, sentence-transformers, pytest, setuptools, pybind11 and a compiler;
 # what it lacks comes from .gpu_kit (bench/gpu_kit.sh). Every stage is stopped after STAGE_SECONDS (default 480).
@@ -9,7 +9,7 @@
 # bench/stage.py unpack OUTDIR bench/results   turns the stages' figures into result files.
 set -u
 
-stages_known="tests search encoder"
+stages_known="tests native sanitizer search encoder pooling"
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
     sed -n '2,4p' "$0" | cut -c3- >&2
     exit 2
@@ -37,7 +37,7 @@ trap 'rm -rf "$scratch"' EXIT
 site=$scratch/site
 mkdir -p "$site" "$scratch/results"
 # Old stages must not pass for this run's.
-rm -f "$out"/{build,tests,search,encoder}.json
+rm -f "$out"/build.json $(printf "$out/%s.json " $stages_known)
 
 export PYTHONPATH=$site:$kit/packages${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -73,6 +73,25 @@ export python kit site root
 pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -o addopts= -p no:cacheprovider -q)
 # Only the files that hold GPU tests: others may import packages that such a machine lacks.
 mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' "$root/tests")
+# The tests of the compiled CPU kernels: that machine's processor may have instructions that this one lacks.
+mapfile -t native_tests < <(grep -rl --include='test_*.py' '_core.native import library' "$root/tests/ops")
+kernel_tests=$root/tests/gpu/test_kernels_gpu.py
+no_sanitizer() { # why compute-sanitizer can't run here; nothing when it can
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "compute-sanitizer is not installed"
+    elif [ -n "$gpu" ] && compute-sanitizer "$python" -c 'import torch; torch.zeros(1, device="cuda")' 2>&1 |
+        grep -q "Device not supported"; then
+        echo "compute-sanitizer: device not supported"
+    fi
+}
+sanitizer() { # the kernels' small tests under both tools; every allocation its own, so that no overrun stays inside a pool
+    local tool
+    for tool in memcheck racecheck; do
+        echo "compute-sanitizer --tool $tool"
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 "$@" || return
+    done
+}
+export -f sanitizer
 bench() { # a benchmark of the installed package on the GPU
     command=("${pytest[@]}" "$site/leafkern/bench/bench_$1.py" --peers --results "$scratch/results/$1")
     [ -z "$gpu" ] || command+=(-k cuda)
@@ -80,8 +99,14 @@ bench() { # a benchmark of the installed package on the GPU
 plan() { # the command of one stage: one line each
     case $1 in
         tests) command=("${pytest[@]}" "${gpu_tests[@]}" -m gpu -rs) ;;
+        native) command=("${pytest[@]}" "${native_tests[@]}" -m "not slow and not gpu" -rs) ;;
+        sanitizer)
+            command=("${pytest[@]}" "$kernel_tests" -m gpu -k small -x -s)
+            [ -z "$gpu" ] || command=(bash -c 'sanitizer "$@"' sanitizer "${command[@]}")
+            ;;
         search) bench search ;;
         encoder) bench encoder ;;
+        pooling) bench pooling ;;
     esac
 }
 
@@ -92,6 +117,10 @@ stage run "$out" build "$limit" -- bash -c build || failed=1
 for name in "$@"; do
     if [ $failed = 1 ] && [ ! -d "$site/leafkern" ]; then
         stage skip "$out" "$name" "the build failed"
+        continue
+    fi
+    if [ "$name" = sanitizer ] && reason=$(no_sanitizer) && [ -n "$reason" ]; then
+        stage skip "$out" "$name" "$reason"
         continue
     fi
     plan "$name"

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only: no configuration's name contains {given.only!r}")
     found = show(items, given.workers)
     if given.json:
-        rows = [dataclasses.asdict(one) | {"resident": one.resident} for one in found]
+        rows = [dataclasses.asdict(one) | {"resident": one.resident, "problems": one.problems} for one in found]
         write_json(given.json, {"triton": metadata.version("triton"), "kernels": rows})
     return 1 if any(one.problems for one in found) else 0
 

@@ -25,24 +25,30 @@ def test_wrong_names_are_refused_with_the_nearest():
 
 
 def test_the_benchmarks_are_found():
-    assert {"encoder", "search"} <= set(bench.operations())
+    assert {"encoder", "pooling", "search"} <= set(bench.operations())
 
 
-def test_both_write_their_rows_and_the_report(tmp_path, tiny_bert):
+def test_all_write_their_rows_and_the_report(tmp_path, tiny_bert):
     report = tmp_path / "report.html"
     done = run(
         "import sys; from leafkern.bench import main",
         f"options = dict(report={str(report)!r}, size='tiny', model={str(tiny_bert)!r}, results={str(tmp_path)!r})",
-        "sys.exit(main(['search', 'encoder'], **options))",
+        "sys.exit(main(['search', 'encoder', 'pooling'], **options))",
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    search, encoder = (json.loads((tmp_path / "cpu" / f"{op}.json").read_text()) for op in ("search", "encoder"))
-    assert (search["op"], encoder["op"]) == ("search", "encoder")
+    names = ("search", "encoder", "pooling")
+    search, encoder, pooling = (json.loads((tmp_path / "cpu" / f"{op}.json").read_text()) for op in names)
+    assert (search["op"], encoder["op"], pooling["op"]) == names
     assert {row["case"] for row in search["rows"]} >= {"float32/Q1", "int8/Q1", "binary/Q5", "asymmetric/Q5"}
     assert {row["case"] for row in encoder["rows"]} == {
         f"{part}/{mix}/float32" for part in ("text", "forward") for mix in ("real", "document")
     }
-    for row in search["rows"] + encoder["rows"]:
+    assert {row["case"] for row in pooling["rows"]} == {
+        f"{op}/{part}/float32/B3xD32"
+        for op in ("mean_pool", "norm_mean_pool")
+        for part in ("forward", "forward and backward")
+    }
+    for row in search["rows"] + encoder["rows"] + pooling["rows"]:
         assert row["status"] == "ok"
         assert row["p50_s"] > 0
         assert f"bench/bench_{row['op']}.py::test_{row['op']}[" in row["command"]
@@ -50,6 +56,20 @@ def test_both_write_their_rows_and_the_report(tmp_path, tiny_bert):
     page = report.read_text()
     assert "int8/Q1" in page
     assert "forward/document/float32" in page
+
+
+def test_the_bytes_of_pooling_are_those_that_must_move():
+    from leafkern.bench import bench_pooling
+
+    inputs = bench_pooling.Inputs(3, 32, "cpu", "float32", 0)
+    entries, result = inputs.x.numel(), 3 * 32
+    for op, backward, moved in [
+        ("mean_pool", False, entries + result),
+        ("mean_pool", True, 2 * entries + 2 * result),
+        ("norm_mean_pool", False, 2 * entries + result),
+        ("norm_mean_pool", True, 5 * entries + 2 * result),
+    ]:
+        assert bench_pooling._work(op, backward, inputs).bytes == 4 * moved
 
 
 @pytest.mark.slow
@@ -62,4 +82,16 @@ def test_peers_agree_with_the_exact_answer(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "cpu" / "search.json").read_text())["rows"]
     assert len({row["provider"] for row in rows}) >= 3
+    assert not [row for row in rows if row["status"] != "ok"]
+
+
+@pytest.mark.slow
+def test_pooling_beside_its_peers(tmp_path):
+    done = run(
+        "import sys; from leafkern.bench import main",
+        f"sys.exit(main(['pooling'], peers=True, size='tiny', results={str(tmp_path)!r}))",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "cpu" / "pooling.json").read_text())["rows"]
+    assert {row["provider"] for row in rows} == {"leafkern", "torch, packed", "torch, padded"}
     assert not [row for row in rows if row["status"] != "ok"]

@@ -36,7 +36,7 @@ def test_wrong_use_is_exit_2(tmp_path):
     for arguments in ([], ["--help"], [str(tmp_path), "serch"]):
         done = subprocess.run(["bash", str(ROOT / "bench" / "gpu.sh"), *arguments], capture_output=True, text=True)
         assert done.returncode == 2, arguments
-        assert "tests search encoder" in done.stderr
+        assert "tests native sanitizer search encoder pooling" in done.stderr
 
 
 def test_a_stage_that_works_keeps_its_results(tmp_path):
@@ -111,20 +111,63 @@ def test_the_walk_without_a_gpu_builds_and_collects_everything(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in out.iterdir())
-    assert files == ["build.json", "encoder.json", "search.json", "tests.json"]
+    stages = ["encoder", "native", "pooling", "sanitizer", "search", "tests"]
+    assert files == [f"{name}.json" for name in ["build", *stages]]
     assert written(out, "build")["status"] == "ok"
     assert "/site/leafkern/__init__.py" in written(out, "build")["log"]
-    for name in ("tests", "search", "encoder"):
-        assert (written(out, name)["status"], written(out, name)["reason"]) == ("skipped", "no GPU"), name
+    for name in stages:
+        found, reasons = written(out, name), ["no GPU"]
+        if name == "sanitizer":
+            reasons.append("compute-sanitizer is not installed")
+        assert found["status"] == "skipped", name
+        assert found["reason"] in reasons, name
     assert "test_gpu.py" in written(out, "tests")["log"]
+    assert "test_kernels_gpu.py" in written(out, "tests")["log"]
+    assert "test_retrieval.py" in written(out, "native")["log"]
+    assert "test_pooling" in written(out, "pooling")["log"]
     assert "test_search" in written(out, "search")["log"]
-    assert [line.split()[0] for line in done.stdout.splitlines()[-5:]] == [
-        "stage",
-        "build",
-        "encoder",
-        "search",
-        "tests",
-    ]
+    assert [line.split()[0] for line in done.stdout.splitlines()[-8:]] == ["stage", "build", *stages]
+
+
+FAKE_SANITIZER = """#!/bin/bash
+echo "fake $*"
+while [ "$1" != "${1#--}" ]; do shift 2; done
+exec "$@"
+"""
+
+
+@pytest.mark.slow
+def test_the_sanitizer_stage_runs_both_tools_or_says_why_not(tmp_path):
+    """With a python that claims a GPU and a compute-sanitizer that only says its arguments."""
+    root, programs = checkout(tmp_path / "checkout"), tmp_path / "programs"
+    programs.mkdir()
+    (programs / "compute-sanitizer").write_text(FAKE_SANITIZER)
+    (programs / "python").write_text(
+        f'#!/bin/bash\ncase "$2" in *get_device_name*) echo "Pretended GPU";; *) exec {sys.executable} "$@";; esac\n'
+    )
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHON": str(programs / "python"),
+        "LEAFKERN_NATIVE": "0",
+    }
+
+    def run(out):
+        command = ["bash", str(root / "bench" / "gpu.sh"), str(out), "sanitizer"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
+
+    assert run(tmp_path / "out").returncode == 0
+    found = written(tmp_path / "out", "sanitizer")
+    # Without a real GPU the tests inside are skipped, each by its own mark.
+    assert found["status"] == "ok"
+    for tool in ("memcheck", "racecheck"):
+        assert f"fake --tool {tool} --error-exitcode 9" in found["log"]
+    assert "small" in " ".join(found["command"])
+    (programs / "compute-sanitizer").write_text("#!/bin/bash\necho Error: Device not supported\n")
+    assert run(tmp_path / "out").returncode == 0
+    assert written(tmp_path / "out", "sanitizer")["reason"] == "compute-sanitizer: device not supported"
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from leafkern.encode import Encoder
-from leafkern.ops import alignment_loss, mean_pool, quantize, search
+from leafkern.ops import alignment_loss, quantize, search
 
 pytestmark = pytest.mark.gpu
 
@@ -74,21 +74,6 @@ def test_float_search_on_cuda():
     scores, _ = search(queries.cuda(), base.cuda(), 10)
     right = (queries.double() @ base.double().T).topk(10, dim=1).values
     torch.testing.assert_close(scores.cpu().double(), right, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_mean_pool_and_its_gradient(dtype, tolerance):
-    lengths = torch.tensor([3, 0, 17, 1, 256])
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    x = torch.randn(int(lengths.sum()), 96, device="cuda", dtype=dtype, requires_grad=True)
-    weights = torch.randn(len(lengths), 96, dtype=torch.float64)
-    got = mean_pool(x, cu_seqlens.cuda(), normalize=True)
-    (got.double() * weights.cuda()).sum().backward()
-    right_x = x.detach().cpu().double().requires_grad_()
-    right = mean_pool(right_x, cu_seqlens, normalize=True)
-    (right * weights).sum().backward()
-    assert relative(got, right) <= tolerance
-    assert relative(x.grad, right_x.grad) <= tolerance
 
 
 def test_one_training_step_on_cuda_equals_the_cpu_step(cpu_encoder):

@@ -108,8 +108,9 @@ def test_wgmma_is_seen_where_it_is():
 def test_occupancy_that_the_launch_counts_on_is_checked():
     found = cubin.compile_shipped(toy(1024, warps=4), 90)
     assert found.resident >= 2
-    crowded = dataclasses.replace(found, programs=found.resident + 1, problems=[])
-    assert "programs fit on a multiprocessor" in cubin.problems(crowded)[0]
+    assert not dataclasses.replace(found, programs=found.resident).problems
+    crowded = dataclasses.replace(found, programs=found.resident + 1)
+    assert "programs fit on a multiprocessor" in crowded.problems[0]
 
 
 def test_a_signature_that_lacks_an_argument_is_refused():

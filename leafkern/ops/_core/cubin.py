@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,6 @@ class Compiled:
     spilled: int
     shared: int
     wgmma: bool
-    problems: list[str] = field(default_factory=list)
 
     @property
     def resident(self) -> int:
@@ -76,6 +75,19 @@ class Compiled:
         return min(
             by_registers, WARPS_RESIDENT // self.warps, BLOCKS_RESIDENT, whole // (self.shared + SHARED_RESERVED)
         )
+
+    @property
+    def problems(self) -> list[str]:
+        """The limits that are broken, as sentences; none when it may be shipped."""
+        said = []
+        if self.spilled:
+            said.append(f"spills {self.spilled} bytes per thread to local memory")
+        limit = SHARED_PER_BLOCK[self.architecture]
+        if self.shared > limit:
+            said.append(f"needs {self.shared} bytes of shared memory; sm_{self.architecture} has {limit} per block")
+        elif self.resident < self.programs:
+            said.append(f"only {self.resident} programs fit on a multiprocessor; its launch counts on {self.programs}")
+        return said
 
 
 def shipped() -> list[Shipped]:
@@ -114,7 +126,7 @@ def compile_shipped(item: Shipped, architecture: int) -> Compiled:
     source = ASTSource(fn=item.kernel, signature=signature, constexprs=constants, attrs=aligned)
     kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(item.options))
     registers, spilled, static, wgmma = read_cubin(kernel.asm["cubin"])
-    found = Compiled(
+    return Compiled(
         item.operation,
         item.name,
         architecture,
@@ -125,8 +137,6 @@ def compile_shipped(item: Shipped, architecture: int) -> Compiled:
         kernel.metadata.shared + static,
         wgmma,
     )
-    found.problems.extend(problems(found))
-    return found
 
 
 def compile_all(items: Sequence[Shipped], workers: int | None = None) -> Iterator[Compiled]:
@@ -145,19 +155,6 @@ def _by_name() -> dict[tuple[str, str], Shipped]:
 
 def _compile_named(operation: str, name: str, architecture: int) -> Compiled:
     return compile_shipped(_by_name()[operation, name], architecture)
-
-
-def problems(found: Compiled) -> list[str]:
-    """The limits that `found` breaks, as sentences; none when it may be shipped."""
-    said = []
-    if found.spilled:
-        said.append(f"spills {found.spilled} bytes per thread to local memory")
-    limit = SHARED_PER_BLOCK[found.architecture]
-    if found.shared > limit:
-        said.append(f"needs {found.shared} bytes of shared memory; sm_{found.architecture} has {limit} per block")
-    elif found.resident < found.programs:
-        said.append(f"only {found.resident} programs fit on a multiprocessor; its launch counts on {found.programs}")
-    return said
 
 
 def read_cubin(cubin: bytes) -> tuple[int, int, int, bool]:
