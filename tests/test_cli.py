@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -88,10 +89,28 @@ def test_version_and_no_arguments(run):
 
 
 def test_doctor(run):
+    from leafkern import ops
+    from leafkern.ops._core.backend import OPERATIONS
+
     code, out, _ = run("doctor")
     assert code == 0
-    for word in ("torch", "native kernels", "retrieval", "quantization"):
+    for word in ("torch", "native kernels", *OPERATIONS, *(name for name in ops.__all__ if name.islower())):
         assert word in out
+    cpu, cuda = out.split("Operations on CUDA tensors")
+    assert re.search(r"pooling +reference +PyTorch; it has no other backend for cpu yet", cpu)
+    assert re.search(r"pooling +triton ", cuda) or "triton is not installed" in cuda
+
+
+def test_doctor_says_what_is_missing(monkeypatch):
+    from leafkern import doctor
+    from leafkern.ops._core import native
+
+    monkeypatch.setattr(native, "library", lambda: (None, "leafkern._C is not built"))
+    rows = {operation: rest for operation, *rest in doctor.operations("cpu")}
+    assert rows["relative"] == ["reference", "PyTorch", "native: leafkern._C is not built"]
+    assert rows["attention"][2] == ""
+    monkeypatch.setattr(doctor, "OPTIONAL", (("no-such-package", "train", "leafkern train"), ("torch", "x", "y")))
+    assert doctor.absent() == [("leafkern[train]", "leafkern train (no-such-package)")]
 
 
 def test_doctor_says_what_is_forced(run, monkeypatch):

@@ -319,31 +319,60 @@ class Counters {
     uint16_t *fine_, *coarse_, *coarse_ramp_, *fine_ramp_;
 };
 
+// Walks over records. Scores are taken out one record ahead: what is compared next can't be foreseen, so that every
+// other branch waits for it.
+template <typename Score>
+class Walk {
+  public:
+    Walk(const Scan& scan, int64_t begin, int64_t end)
+        : records_(records_of<Score>(scan.records)), place_(begin), end_(end), last_(scan.pairs - 1) {
+        score_ = at(begin);
+        next_ = at(begin + 1);
+    }
+    bool more() const { return place_ < end_; }
+    int64_t place() const { return place_; }
+    double score() const { return score_; }
+    // The index of the record, leaving it.
+    uint32_t take() {
+        const uint32_t index = records_[place_++].index;
+        score_ = next_;
+        next_ = at(place_ + 1);
+        return index;
+    }
+
+  private:
+    double at(int64_t place) const { return value_of<Score>(records_[place < last_ ? place : last_].key); }
+    const Record<Score>* records_;
+    int64_t place_;
+    const int64_t end_, last_;
+    double score_, next_;
+};
+
 template <typename Score, int kGroupBits>
 int64_t scan_groups(const Scan& scan, const Chunk& chunk, const Share* shares, unsigned char* scratch) {
-    const Record<Score>* records = records_of<Score>(scan.records);
     const double margin = scan.margin;
     Counters<kGroupBits> counters(scan, shares, scratch);
-    int64_t low = chunk.low_begin, high = chunk.high_begin, total = 0;
+    Walk<Score> own(scan, chunk.begin, chunk.end);
+    Walk<Score> low(scan, chunk.low_begin, chunk.low_end), high(scan, chunk.high_begin, chunk.high_end);
+    int64_t total = 0;
 
-    const auto ask_low = [&](int64_t inserted) {
-        const uint32_t asking = records[low++].index, t = scan.window ? scan.window[asking] : asking;
-        const uint32_t value = static_cast<uint32_t>(inserted) - counters.below(t);
+    const auto ask_low = [&] {
+        const uint32_t asking = low.take(), t = scan.window ? scan.window[asking] : asking;
+        const uint32_t value = static_cast<uint32_t>(own.place()) - counters.below(t);
         total += value;
         counters.ask(t, 1, value, asking);
     };
     const auto ask_high = [&] {
-        const uint32_t asking = records[high++].index, t = scan.window ? scan.window[asking] : asking;
+        const uint32_t asking = high.take(), t = scan.window ? scan.window[asking] : asking;
         counters.ask(t, 2, counters.below(t) - t, asking);
     };
-    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-        const double own = value_of<Score>(records[i].key);
-        while (low < chunk.low_end && !violated(margin, own, value_of<Score>(records[low].key))) ask_low(i);
-        while (high < chunk.high_end && violated(margin, value_of<Score>(records[high].key), own)) ask_high();
-        counters.insert(records[i].index);
+    while (own.more()) {
+        while (low.more() && !violated(margin, own.score(), low.score())) ask_low();
+        while (high.more() && violated(margin, high.score(), own.score())) ask_high();
+        counters.insert(own.take());
     }
-    while (low < chunk.low_end) ask_low(chunk.end);
-    while (high < chunk.high_end) ask_high();
+    while (low.more()) ask_low();
+    while (high.more()) ask_high();
     return total;
 }
 

@@ -123,7 +123,9 @@ def test_the_walk_without_a_gpu_builds_and_collects_everything(tmp_path):
         assert found["reason"] in reasons, name
     assert "test_gpu.py" in written(out, "tests")["log"]
     assert "test_kernels_gpu.py" in written(out, "tests")["log"]
-    assert "test_retrieval.py" in written(out, "native")["log"]
+    # The log keeps only its end, and these are many.
+    assert "tests collected" in written(out, "native")["log"]
+    assert any(argument.endswith("/test_retrieval.py") for argument in written(out, "native")["command"])
     assert "test_pooling" in written(out, "pooling")["log"]
     assert "test_search" in written(out, "search")["log"]
     assert [line.split()[0] for line in done.stdout.splitlines()[-8:]] == ["stage", "build", *stages]

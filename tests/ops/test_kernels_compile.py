@@ -4,11 +4,15 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from leafkern.ops._core import cubin, launch
 
@@ -117,6 +121,55 @@ def test_a_signature_that_lacks_an_argument_is_refused():
     item = dataclasses.replace(toy(64, warps=1), signature={"x": "*fp32"})
     with pytest.raises(ValueError, match="neither type nor constant for y"):
         cubin.compile_shipped(item, 90)
+
+
+class NoGPU:
+    """Stands in for Triton's driver of a GPU of compute capability 9.0: enough to compile, not to launch."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_interface(self):
+        return torch.cuda
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernels as the launches of this test would compile them."""
+    compiled = []
+
+    def instead_of_launching(kernel, grid):
+        return lambda *args, **kwargs: compiled.append(kernel.warmup(*args, grid=grid, **kwargs))
+
+    monkeypatch.setattr(JITFunction, "__getitem__", instead_of_launching)
+    monkeypatch.setattr(driver, "_active", NoGPU())
+    return compiled
+
+
+def asked(source, warps, maxnreg):
+    aligned = {place: kinds for place, kinds in source.attrs.items() if kinds}
+    return source.fn, source.signature, aligned, source.constants, warps, maxnreg
+
+
+def test_what_pooling_launches_is_what_is_listed(launches):
+    from leafkern.ops.pooling import kernels
+
+    x, residual, weight, bias = (torch.randn(s).bfloat16() for s in [(90, 384), (90, 384), (384,), (384,)])
+    cu_seqlens = torch.tensor([0, 40, 90], dtype=torch.int32)
+    kernels.mean_pool_backward(torch.randn(2, 384), cu_seqlens, 90, torch.bfloat16)
+    for layer in (True, False):
+        kernels.norm_mean_pool(x, residual, weight, bias, cu_seqlens, 1e-5, layer)
+        kernels.norm_mean_pool_backward(torch.randn(2, 384), x, residual, weight, cu_seqlens, 1e-5, layer)
+    assert len(launches) == 7
+    listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in cubin.shipped()]
+    for kernel in launches:
+        assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed
 
 
 def test_the_table_and_its_exit_status(tmp_path, capsys, monkeypatch):

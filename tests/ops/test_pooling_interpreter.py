@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tolerances import TOLERANCE
 
 pytest.importorskip("triton")
@@ -36,7 +38,7 @@ def share(request, monkeypatch):
     from leafkern.ops.pooling import kernels
 
     monkeypatch.setattr(
-        kernels, "_shares", lambda device, tokens, blocks, config: (request.param, -(-tokens // request.param))
+        kernels, "_shares", lambda x, tokens, blocks, config: (request.param, -(-tokens // request.param))
     )
     return request.param
 
@@ -138,6 +140,34 @@ def test_mixed_dtypes():
     hold_norm([x, residual, weight, bias.detach().float().requires_grad_()], bounds([20, 1]), "layer", torch.float16)
 
 
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any),
+    width=st.integers(2, 40),
+    kind=st.sampled_from(NORMS),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(lengths, width, kind, dtype):
+    hold_norm(norm_arguments(sum(lengths), width, dtype), bounds(lengths), kind, dtype, eps=1e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 100, 5_000, 1_000_000])
+@pytest.mark.parametrize("width", [24, 384, 1100, 5000])
+def test_shares_cover_every_token_once_and_run_at_once(monkeypatch, tokens, width):
+    from leafkern.ops.pooling import kernels
+
+    monkeypatch.setattr(kernels, "multiprocessors", lambda x: 132)
+    for norm in (False, True):
+        for backward in (False, True):
+            config = kernels.configure(width, norm, backward)
+            blocks = -(-width // config.columns)
+            assert config.columns >= width or not norm
+            chunk, programs = kernels._shares(torch.zeros(1), tokens, blocks, config)
+            assert (programs - 1) * chunk < tokens <= programs * chunk
+            assert chunk % config.rows == 0
+            assert programs * blocks <= 132 * config.programs
+
+
 def test_more_sequences_than_one_step_of_the_search(monkeypatch):
     from leafkern.ops.pooling import kernels
 
@@ -145,7 +175,7 @@ def test_more_sequences_than_one_step_of_the_search(monkeypatch):
     x, cu = torch.randn(sum(lengths), 3), bounds(lengths)
     # 60 sequences, 4 per step: three steps, the last ones ragged. Only programs after the first have to search.
     monkeypatch.setattr(kernels, "FAN", 4)
-    monkeypatch.setattr(kernels, "_shares", lambda device, tokens, blocks, config: (5, -(-tokens // 5)))
+    monkeypatch.setattr(kernels, "_shares", lambda x, tokens, blocks, config: (5, -(-tokens // 5)))
     torch.testing.assert_close(mean_pool(x, cu), brute_mean_pool(x, cu, False))
 
 

@@ -102,6 +102,21 @@ def shipped() -> list[Shipped]:
     return found
 
 
+def source(item: Shipped):
+    """What Triton compiles for `item`, as its launch would make it of the tensors and numbers it is given."""
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" for name in item.kernel.arg_names}
+    signature |= {name: kind.partition(":")[0] for name, kind in item.signature.items()}
+    missing = [n for n, kind in signature.items() if kind == "constexpr" and n not in item.constants]
+    if missing:
+        raise ValueError(f"{item.operation}/{item.name}: neither type nor constant for {', '.join(missing)}")
+    places = {name: (place,) for place, name in enumerate(item.kernel.arg_names)}
+    aligned = {places[n]: [["tt.divisibility", 16]] for n, kind in item.signature.items() if kind.endswith(":16")}
+    constants = {places[name]: value for name, value in item.constants.items()}
+    return ASTSource(fn=item.kernel, signature=signature, constexprs=constants, attrs=aligned)
+
+
 def compile_shipped(item: Shipped, architecture: int) -> Compiled:
     """Compiles `item` for sm_<architecture> and reads what it needs.
 
@@ -113,18 +128,8 @@ def compile_shipped(item: Shipped, architecture: int) -> Compiled:
         raise RuntimeError("kernels can't be compiled in a process with TRITON_INTERPRET=1")
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    signature = {name: "constexpr" for name in item.kernel.arg_names}
-    signature |= {name: kind.partition(":")[0] for name, kind in item.signature.items()}
-    missing = [n for n, kind in signature.items() if kind == "constexpr" and n not in item.constants]
-    if missing:
-        raise ValueError(f"{item.operation}/{item.name}: neither type nor constant for {', '.join(missing)}")
-    places = {name: (place,) for place, name in enumerate(item.kernel.arg_names)}
-    aligned = {places[n]: [["tt.divisibility", 16]] for n, kind in item.signature.items() if kind.endswith(":16")}
-    constants = {places[name]: value for name, value in item.constants.items()}
-    source = ASTSource(fn=item.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(item.options))
+    kernel = triton.compile(source(item), target=GPUTarget("cuda", architecture, 32), options=dict(item.options))
     registers, spilled, static, wgmma = read_cubin(kernel.asm["cubin"])
     return Compiled(
         item.operation,

@@ -207,7 +207,8 @@ def _similarity_and_relative(units, target, start, rows, weights, margin, refere
         error = scores[k, own].sub_(teacher_scores[own])
         if wanted:
             # A pair's gradient is stored once, above the diagonal, and reaches both of its rows.
-            slope = (pairs[k, own] + pairs[k, :, own].T).mul_(weights[2] / widths)
+            # Copied before it is added: adding a transposed view walks memory column by column.
+            slope = pairs[k, :, own].T.contiguous().add_(pairs[k, own]).mul_(weights[2] / widths)
             if weights[1]:
                 slope.add_(error, alpha=4 * weights[1] / (widths * entries))
             grads.append(slope @ unit)

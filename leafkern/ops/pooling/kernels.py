@@ -219,20 +219,18 @@ def backward_kernel(
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < WIDTH
     dweight = tl.zeros([ROWS, COLUMNS], tl.float32)
-    dbias = tl.zeros([COLUMNS], tl.float32)
-    i_sequence = _sequence_of(cu_seqlens, low, sequences, FAN)
+    first = _sequence_of(cu_seqlens, low, sequences, FAN)
+    i_sequence = first
     start = low
     while (start < high) & (i_sequence < sequences):
         begin = tl.load(cu_seqlens + i_sequence).to(tl.int64)
         end = tl.load(cu_seqlens + i_sequence + 1).to(tl.int64)
         stop = tl.minimum(end, high)
-        b_grad = tl.load(grad + i_sequence * WIDTH + columns, mask=inside, other=0.0)
-        share = b_grad / tl.maximum(end - begin, 1).to(tl.float32)
+        share = tl.load(grad + i_sequence * WIDTH + columns, mask=inside, other=0.0)
+        share /= tl.maximum(end - begin, 1).to(tl.float32)
         inner = share
         if NORM != "none":
             inner = share * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-            # The sequence's bias gradient is counted once, where it begins.
-            dbias += tl.where((begin >= low) & (end > begin), b_grad, 0.0)
         offset = tl.sum(inner, 0) / WIDTH
         for row in range(start, stop, ROWS):
             rows = row + tl.arange(0, ROWS)
@@ -253,6 +251,13 @@ def backward_kernel(
     if NORM != "none":
         o_partial = partial + 2 * i_chunk * WIDTH + columns
         tl.store(o_partial, tl.sum(dweight, 0), mask=inside)
+        # A second walk, when the registers of the first are free. Each sequence counts once, where it begins.
+        dbias = tl.zeros([COLUMNS], tl.float32)
+        for i in range(first, i_sequence):
+            begin = tl.load(cu_seqlens + i)
+            end = tl.load(cu_seqlens + i + 1)
+            b_grad = tl.load(grad + i * WIDTH + columns, mask=inside, other=0.0)
+            dbias += tl.where((begin >= low) & (end > begin), b_grad, 0.0)
         tl.store(o_partial + WIDTH, dbias, mask=inside)
 
 
@@ -273,9 +278,9 @@ def _join_constants(width: int) -> dict:
 JOIN_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-def _shares(x_device: torch.Tensor, tokens: int, blocks: int, config: Config) -> tuple[int, int]:
+def _shares(x: torch.Tensor, tokens: int, blocks: int, config: Config) -> tuple[int, int]:
     """(tokens per program, programs): one wave, all resident, in whole tiles."""
-    programs = max(1, multiprocessors(x_device) * config.programs // blocks)
+    programs = max(1, multiprocessors(x) * config.programs // blocks)
     chunk = max(SHORTEST_SHARE, triton.cdiv(tokens, programs))
     chunk = triton.cdiv(chunk, config.rows) * config.rows
     return chunk, triton.cdiv(tokens, chunk)

@@ -8,6 +8,8 @@ from leafkern.ops._core.registration import register_loss
 from leafkern.ops.relative import native
 from leafkern.ops.relative.reference import blocked_relative
 
+_BAND = 128
+
 
 def relative_scores(
     student_scores: torch.Tensor,
@@ -56,6 +58,12 @@ def _dtype(student, target):
     return at_least_float32(torch.promote_types(student.dtype, target.dtype))
 
 
+def _upper_products(rows, out):
+    """The upper triangle of rows @ rows.T into out (B, B), in bands of rows; what lies well below is left as it is."""
+    for start in range(0, rows.shape[0], _BAND):
+        torch.mm(rows[start : start + _BAND], rows[start:].T, out=out[start : start + _BAND, start:])
+
+
 def _relative_similarity_loss(student, everyone, target, start, dims, margin, reference_ties, min_gap, needs):
     dtype = _dtype(student, target)
     rows = (student if everyone is None else everyone).to(dtype)
@@ -63,9 +71,10 @@ def _relative_similarity_loss(student, everyone, target, start, dims, margin, re
     batch, own = rows.shape[0], slice(start, start + student.shape[0])
     units = [normalize_rows(rows[:, :dim]) for dim in dims]
     scores = rows.new_empty(len(dims), batch, batch)
-    for unit, into in zip(units, scores):
-        torch.mm(unit, unit.T, out=into)
-    losses, gradients = relative_scores(scores, target @ target.T, margin, reference_ties, min_gap, needs[0])
+    teacher_scores = rows.new_empty(batch, batch)
+    for unit, out in zip([*units, target], [*scores, teacher_scores]):
+        _upper_products(unit, out)
+    losses, gradients = relative_scores(scores, teacher_scores, margin, reference_ties, min_gap, needs[0])
     if not needs[0]:
         return losses.mean(), rows.new_empty(0)
     total = torch.zeros(student.shape, dtype=dtype, device=student.device)
