@@ -37,7 +37,7 @@ def test_the_list_is_whole_and_short():
     assert len(names) == len(set(names))
     assert 1 <= len(TESTED) <= MOST_TESTED
     with_kernels = {item.operation for item in items}
-    assert "pooling" in with_kernels
+    assert {"attention", "pooling"} <= with_kernels
     assert {item.operation for item in TESTED} == with_kernels
     # Every kernel of an operation is tested in at least one configuration.
     assert {id(item.kernel) for item in TESTED} == {id(item.kernel) for item in items}
@@ -50,6 +50,31 @@ def test_fits(compiled, item, architecture):
     assert not found.problems, found
     assert 0 < found.registers <= 255
     assert found.warps == item.options["num_warps"]
+
+
+def test_what_attention_launches_is_what_is_listed(launches):
+    from leafkern.ops.attention import kernels
+
+    lengths = torch.tensor([0, 512] + [20] * 10)
+    cu_seqlens, tokens = lengths.cumsum(0).int(), int(lengths.sum())
+    q, k, v = (torch.randn(tokens, 12, 32).bfloat16() for _ in range(3))
+    out, lse = kernels.varlen_attention(q, k, v, cu_seqlens, 512, 0.2, -1, -1)
+    kernels.varlen_attention_backward(out, q, k, v, out, lse, cu_seqlens, 512, 0.2, -1, -1)
+    pooled, lse = kernels.attention_mean_pool(q, k, v, cu_seqlens, 512, 0.2)
+    kernels.attention_mean_pool_backward(pooled, q, k, v, lse, cu_seqlens, 512, 0.2)
+    assert len(launches) == 8
+    # One text of one block, from a packed tensor; causal and long with four heads to one of keys and values.
+    q, k, v = torch.randn(60, 3, 12, 32).bfloat16().unbind(1)
+    kernels.varlen_attention(q, k, v, torch.tensor([0, 60], dtype=torch.int32), 60, 0.2, -1, -1)
+    q, k = torch.randn(512, 8, 128).bfloat16(), torch.randn(512, 2, 128).bfloat16()
+    bounds = torch.tensor([0, 512], dtype=torch.int32)
+    out, lse = kernels.varlen_attention(q, k, k, bounds, 512, 0.1, -1, 0)
+    kernels.varlen_attention_backward(out, q, k, k, out, lse, bounds, 512, 0.1, -1, 0)
+    assert len(launches) == 12
+    items = [item for item in cubin.shipped() if item.operation == "attention"]
+    listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in items]
+    for kernel in launches:
+        assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed
 
 
 @triton.jit

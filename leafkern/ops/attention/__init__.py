@@ -31,21 +31,24 @@ def varlen_attention(
     For query head h, kv head c = h // (H / H_kv) (grouped queries, arXiv 2305.13245) and tokens i, j of one sequence:
     out_ih = sum_j P_ij v_jc, P_i = softmax over the j that i sees of scale · q_ih · k_jc.
 
-    q: (T, H, D), any float dtype, any D >= 1 (kernels serve multiples of 8 up to 128, the reference the rest). k, v:
-    (T, H_kv, D) of the same dtype, H a multiple of H_kv. cu_seqlens: (B+1,) int32 (int64 is taken too), rising from 0
-    to T; sequences may be empty. max_seqlen: at least the length of the longest sequence; kernels size their grid by
-    it, so that cu_seqlens need not come to the host. scale: a finite number, or None for D^-0.5. window: (left, right)
-    in tokens; i sees i - left <= j <= i + right, -1 means no limit (arXiv 2004.05150). causal: i sees no later token,
-    as if right were 0.
+    q: (T, H, D), any float dtype, any D >= 1. k, v: (T, H_kv, D) of the same dtype, H a multiple of H_kv. cu_seqlens:
+    (B+1,) int32 (int64 is taken too), rising from 0 to T; sequences may be empty. max_seqlen: at least the length of
+    the longest sequence; kernels size their grid by it, so that cu_seqlens need not come to the host. scale: a finite
+    number, or None for D^-0.5. window: (left, right) in tokens; i sees i - left <= j <= i + right, -1 means no limit
+    (arXiv 2004.05150). causal: i sees no later token, as if right were 0.
 
     Returns (T, H, D), contiguous, in the dtype of q; scores, softmax and sums are in at least float32, autocast or not.
     Differentiable once in q, k and v: the backward pass keeps the log-sum-exp of each row, recomputes the weights from
     it and takes sum_j P_ij dP_ij as dO_i · O_i (Dao et al., arXiv 2205.14135). NaN stays in its sequence.
 
-    q, k and v may be views, such as slices of one packed tensor. The reference copies them one sequence at a time,
-    never holds a (T, T) matrix, and reads cu_seqlens on the host: on CUDA it waits for the stream, and can't be
-    captured in a graph. It is deterministic. On CPU a sequence's result is the same bit for bit whatever stands beside
-    it in the batch; the size of the reference's row blocks, fixed per device, shows within rounding.
+    q, k and v may be views, such as slices of one packed tensor. Backends: Triton (CUDA; fp32, fp16, bf16; D a multiple
+    of 8 up to 128), which reads views in place, or copies them where the entries of a row are not adjacent or another
+    stride is no multiple of 8, and never waits for the host; else the reference, which copies one sequence at a time
+    and reads cu_seqlens on the host: on CUDA it waits for the stream, and can't be captured in a graph. Neither holds a
+    (T, T) matrix; both are deterministic. On CPU the reference's result for a sequence is the same bit for bit whatever
+    stands beside it in the batch; the size of its row blocks, fixed per device, shows within rounding, and so do the
+    kernels' blocks, which follow from D, dtype, max_seqlen and the mean length. float32 is multiplied as float32, or
+    in Triton as tf32 where torch.backends.cuda.matmul allows it.
 
     Raises InputError for shapes, dtypes or devices that don't fit, a window below -1, a scale that is not finite and,
     where values are checked (CPU, or LEAFKERN_CHECK=1), for cu_seqlens that fall or don't run from 0 to T and for a

@@ -57,39 +57,58 @@ PLAIN += ["tokens", "sequences", "blocks", "heads", "left", "right", "width"]
 @dataclass(frozen=True)
 class Config:
     """How one kernel is cut: `rows` is the block that a program owns, `columns` the one it loops over (queries and keys
-    in attend_kernel and dq_kernel, keys and queries in dkv_kernel and column_kernel)."""
+    in attend_kernel and dq_kernel, keys and queries in dkv_kernel and column_kernel), `heads` how many it does."""
 
     rows: int
     columns: int
-    heads: int
     warps: int
     stages: int
+    heads: int = 1
 
     @property
     def options(self) -> dict:
-        """What the launch passes to the compiler. Fusing multiplication and addition is Triton's default, which 3.10
-        changes and 3.9 warns about."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        """What the launch passes to the compiler. Left alone, ptxas spills to win occupancy; fusing multiplication and
+        addition is Triton's default, which 3.10 changes and 3.9 warns about."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255, "enable_fp_fusion": True}
 
 
-def configure(kernel: str, width: int, wide: bool, longest: int, mean: int) -> Config:
-    """The heuristic: `wide` for float32 (products off the matrix units, tiles in registers), lengths in tokens.
+# By width up to which they serve. Of blocks whose registers suffice on every architecture, the largest; loads one step
+# ahead (two stages) where registers are left for it. Products of float32 leave the matrix units: they take a thread's
+# rows and columns into registers whole.
+HALF = {
+    "attend": {32: Config(64, 32, 4, 2), 64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 2)},
+    "dq": {32: Config(64, 32, 4, 2), 64: Config(64, 32, 4, 1), 128: Config(32, 32, 4, 2)},
+    "dkv": {32: Config(64, 32, 4, 2), 64: Config(64, 32, 4, 1), 128: Config(64, 32, 8, 1)},
+    "column": {32: Config(64, 32, 4, 2), 64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 1)},
+}
+FLOAT = {
+    "attend": {32: Config(32, 32, 4, 1), 64: Config(32, 16, 4, 1), 128: Config(16, 16, 4, 1)},
+    "dq": {32: Config(32, 32, 4, 1), 64: Config(32, 16, 4, 1), 128: Config(16, 16, 8, 1)},
+    "dkv": {32: Config(32, 32, 4, 1), 64: Config(32, 16, 4, 1), 128: Config(16, 16, 4, 1)},
+    "column": {32: Config(32, 32, 4, 1), 64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1)},
+}
+# Forward blocks for texts of LONG tokens on average. The unused part of a block costs as much as the rest: on
+# log-normal lengths of mean 70, blocks of 64 x 32 compute 1.5 times the scores that are needed, 128 x 32 1.9 times.
+LONG = 192
+HALF_LONG = {32: Config(128, 32, 4, 2), 64: Config(128, 32, 8, 2), 128: Config(64, 32, 8, 2)}
 
-    Blocks no longer than the longest sequence; short ones where most sequences are short, as a block's unused part
-    costs the same: on log-normal lengths of mean 70, blocks of 64 × 32 compute 1.5 times the scores that are needed,
-    128 × 64 2.2 times.
-    """
+
+def configure(kernel: str, width: int, half: bool, longest: int, mean: int) -> Config:
+    """The heuristic; lengths in tokens."""
+    table = (HALF if half else FLOAT)[kernel]
+    if half and kernel == "attend" and mean >= LONG:
+        table = HALF_LONG
+    config = table[min(size for size in table if width <= size)]
     fits = max(16, next_power_of_2(longest))
-    if wide:
-        side = 32 if width <= 64 else 16
-        return Config(min(side, fits), min(side, fits), heads=1, warps=4, stages=1)
-    rows = 128 if mean > 192 and kernel == "attend" else 64
-    columns = 64 if mean > 192 or longest <= 64 else 32
-    rows, columns = min(rows, fits), min(columns, fits)
-    warps = max(1, rows // 16)
+    rows, columns, warps = min(config.rows, fits), min(config.columns, fits), config.warps
+    if half and kernel == "attend" and width <= 64 and longest <= 64:
+        # One block of keys: no running softmax.
+        columns = fits
+    if half and rows < config.rows:
+        warps = max(1, warps * rows // config.rows)
     # Several heads for one search where a block of one head is little work.
-    heads = 4 if width <= 32 and longest <= 128 else 2 if width <= 32 else 1
-    return Config(rows, columns, heads=heads, warps=min(warps, 4), stages=2)
+    heads = 1 if not half or width > 32 else 4 if longest <= 64 else 2
+    return Config(rows, columns, warps, config.stages, heads)
 
 
 @triton.jit
@@ -845,7 +864,7 @@ class _Batch:
 
     def config(self, kernel: str) -> Config:
         mean = self.q.shape[0] // max(1, self.cu_seqlens.numel() - 1)
-        return configure(kernel, self.q.shape[2], self.q.dtype == torch.float32, self.longest, mean)
+        return configure(kernel, self.q.shape[2], self.q.dtype != torch.float32, self.longest, mean)
 
     def places(self, size: int) -> tuple[int, int, bool]:
         """(places, blocks of the longest sequence, whether a program has to search its sequence)."""
@@ -980,62 +999,66 @@ def attention_mean_pool_backward(
 
 # What is shipped, for the proof without a GPU
 
-# Longest and mean length in tokens: texts of one block, the real mix, documents.
-LENGTHS = {"short": (64, 30), "mixed": (512, 70), "long": (512, 512)}
-KERNELS = {
-    "attend": attend_kernel,
-    "dq": dq_kernel,
-    "dkv": dkv_kernel,
-    "column": column_kernel,
-}
+# Longest and mean length in tokens: single words, texts of one block, the real mix, documents.
+LENGTHS = {"words": (16, 8), "short": (64, 30), "mixed": (512, 70), "long": (512, 512)}
+KERNELS = {"attend": attend_kernel, "dq": dq_kernel, "dkv": dkv_kernel, "column": column_kernel}
+BACKWARD = ("dq", "dkv")
+# (kernel, dtype, width, lengths, further)
 TESTED = {
-    ("attend", 32, "bf16", "short"),
-    ("attend", 32, "bf16", "mixed"),
+    *((kernel, "bf16", 32, "mixed", "") for kernel in KERNELS),
+    *((kernel, "bf16", 64, "mixed", "") for kernel in ("attend", *BACKWARD)),
+    *((kernel, "bf16", 128, "long", "causal") for kernel in ("attend", *BACKWARD)),
+    ("attend", "bf16", 32, "short", ""),
+    ("attend", "fp16", 64, "long", ""),
+    *((kernel, "bf16", 32, "mixed", "pooled") for kernel in ("attend", *BACKWARD)),
+    *((kernel, "fp32", 32, "mixed", "") for kernel in ("attend", *BACKWARD)),
 }
 
 
 def shipped() -> list[Shipped]:
-    """What the launches above launch for widths 32, 64 and 128, for each class of lengths, and for odd cases."""
-    found = [_shipped_join(tested=True)]
-    for dtype in ("bf16", "fp32"):
-        for width in (32, 64, 128):
+    """What is launched for the widths of encoders in use and for each class of lengths, and odd cases."""
+    found = [_shipped_join()]
+    for dtype, widths in {"bf16": (32, 64, 128), "fp16": (32, 64), "fp32": (32, 64, 128)}.items():
+        for width in widths:
             for lengths in LENGTHS:
-                found += [_shipped(name, width, dtype, lengths) for name in KERNELS]
-    return found
+                found += [_shipped(kernel, dtype, width, lengths) for kernel in KERNELS]
+            found += [_shipped(kernel, dtype, width, "mixed", "pooled") for kernel in ("attend", *BACKWARD)]
+            found += [_shipped(kernel, dtype, width, "long", "causal") for kernel in ("attend", *BACKWARD)]
+            found += [_shipped(kernel, dtype, width, "long", "window") for kernel in ("attend", *BACKWARD)]
+    return found + [_shipped(kernel, "bf16", width, "mixed") for width in (24, 96) for kernel in KERNELS]
 
 
-def _shipped(name: str, width: int, dtype: str, lengths: str, pooled: bool = False, **more) -> Shipped:
-    longest, mean = LENGTHS[lengths]
-    config = configure(name, width, dtype == "fp32", longest, mean)
-    kernel, window = KERNELS[name], {"LEFT": False, "RIGHT": False} | more
+def _shipped(kernel: str, dtype: str, width: int, lengths: str, further: str = "") -> Shipped:
+    (longest, mean), pooled, jit = LENGTHS[lengths], further == "pooled", KERNELS[kernel]
+    config = configure(kernel, width, dtype != "fp32", longest, mean)
     types = dict.fromkeys(("q", "k", "v", "out", "dq", "dk", "dv"), f"*{dtype}:16")
-    types |= dict.fromkeys(("lse", "delta", "partial"), "*fp32:16") | {"cu_seqlens": "*i32:16"}
-    types |= {"grad": f"*{'fp32' if pooled else dtype}:16"} | dict.fromkeys(PLAIN, "i32")
+    types |= {"grad": f"*{'fp32' if pooled else dtype}:16", "cu_seqlens": "*i32:16"}
+    types |= dict.fromkeys(("lse", "delta", "partial"), "*fp32:16") | dict.fromkeys(PLAIN, "i32")
     types |= {"scale": "fp32", "log2_scale": "fp32"}
-    absent = ("v", "out") if pooled and name == "attend" else ("out",) if pooled else ()
+    absent = ["out", "v"] if pooled and kernel == "attend" else ["out"] if pooled else []
     constants = _constants(
         width,
-        more.get("group", 1),
+        4 if further == "causal" else 1,
         config,
+        LEFT=further == "window",
+        RIGHT=further in ("window", "causal"),
         ONE=longest <= config.columns,
         NEGATE=False,
         SEARCH=lengths == "mixed",
-        PRECISION="ieee",
         POOLED=pooled,
-        **window,
+        PRECISION="ieee",
     ) | dict.fromkeys(absent)
-    taken = kernel.arg_names
     return Shipped(
         "attention",
-        f"{name}{' pooled' if pooled else ''} {dtype} D={width} {lengths}",
-        kernel,
-        {argument: kind for argument, kind in types.items() if argument in taken and argument not in absent},
-        {argument: value for argument, value in constants.items() if argument in taken},
+        " ".join(filter(None, (kernel, further, dtype, f"D={width}", lengths))),
+        jit,
+        {name: kind for name, kind in types.items() if name in jit.arg_names and name not in absent},
+        {name: value for name, value in constants.items() if name in jit.arg_names},
         config.options,
-        tested=(name, width, dtype, lengths) in TESTED,
+        tested=(kernel, dtype, width, lengths, further) in TESTED,
     )
 
 
-def _shipped_join(tested: bool) -> Shipped:
+def _shipped_join() -> Shipped:
     types = {"partial": "*fp32:16", "cu_seqlens": "*i32:16", "pooled": "*fp32:16", "blocks": "i32", "width": "i32"}
-    return Shipped("attention", "join", join_kernel, types, _join_constants(384, 64, True), JOIN_OPTIONS, tested=tested)
+    return Shipped("attention", "join", join_kernel, types, _join_constants(384, 64, True), JOIN_OPTIONS, tested=True)
