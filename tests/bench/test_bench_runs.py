@@ -25,7 +25,7 @@ def test_wrong_names_are_refused_with_the_nearest():
 
 
 def test_the_benchmarks_are_found():
-    assert {"encoder", "pooling", "search"} <= set(bench.operations())
+    assert {"attention", "encoder", "pooling", "search"} <= set(bench.operations())
 
 
 def test_all_write_their_rows_and_the_report(tmp_path, tiny_bert):

@@ -78,13 +78,13 @@ class Config:
 HALF = {
     "attend": {32: Config(64, 32, 4, 2), 64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 2)},
     "dq": {32: Config(64, 32, 4, 2), 64: Config(64, 32, 4, 1), 128: Config(32, 32, 4, 2)},
-    "dkv": {32: Config(64, 32, 4, 2), 64: Config(64, 32, 4, 1), 128: Config(64, 32, 8, 1)},
+    "dkv": {32: Config(64, 32, 4, 2), 64: Config(64, 32, 4, 1), 128: Config(32, 32, 4, 2)},
     "column": {32: Config(64, 32, 4, 2), 64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 1)},
 }
 FLOAT = {
     "attend": {32: Config(32, 32, 4, 1), 64: Config(32, 16, 4, 1), 128: Config(16, 16, 4, 1)},
-    "dq": {32: Config(32, 32, 4, 1), 64: Config(32, 16, 4, 1), 128: Config(16, 16, 8, 1)},
-    "dkv": {32: Config(32, 32, 4, 1), 64: Config(32, 16, 4, 1), 128: Config(16, 16, 4, 1)},
+    "dq": {32: Config(32, 32, 4, 1), 64: Config(16, 16, 4, 1), 128: Config(16, 16, 8, 1)},
+    "dkv": {32: Config(32, 32, 4, 1), 64: Config(32, 16, 4, 1), 128: Config(16, 16, 8, 1)},
     "column": {32: Config(32, 32, 4, 1), 64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1)},
 }
 # Forward blocks for texts of LONG tokens on average. The unused part of a block costs as much as the rest: on
@@ -943,7 +943,7 @@ def varlen_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v in their dtypes, contiguous."""
     batch = _Batch.of(q, k, v, cu_seqlens, max_seqlen, scale, left, right)
-    return _backward(batch, _readable(grad.to(q.dtype)), out, lse)
+    return _backward(batch, _readable(grad.to(q.dtype)), out.contiguous(), lse.contiguous())
 
 
 def _backward(batch: _Batch, grad, out, lse) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -994,7 +994,7 @@ def attention_mean_pool_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v in their dtypes, contiguous, for `grad` (B, H, D)."""
     batch = _Batch.of(q, k, v, cu_seqlens, max_seqlen, scale)
-    return _backward(batch, grad.float().contiguous(), None, lse)
+    return _backward(batch, grad.float().contiguous(), None, lse.contiguous())
 
 
 # What is shipped, for the proof without a GPU
@@ -1009,9 +1009,8 @@ TESTED = {
     *((kernel, "bf16", 64, "mixed", "") for kernel in ("attend", *BACKWARD)),
     *((kernel, "bf16", 128, "long", "causal") for kernel in ("attend", *BACKWARD)),
     ("attend", "bf16", 32, "short", ""),
-    ("attend", "fp16", 64, "long", ""),
     *((kernel, "bf16", 32, "mixed", "pooled") for kernel in ("attend", *BACKWARD)),
-    *((kernel, "fp32", 32, "mixed", "") for kernel in ("attend", *BACKWARD)),
+    *((kernel, "fp32", 32, "mixed", "") for kernel in ("attend", "dq")),
 }
 
 
