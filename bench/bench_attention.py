@@ -125,7 +125,7 @@ def _nested(inputs, q, k, v):
     options = {"offsets": inputs.cu_seqlens.long(), "min_seqlen": 1, "max_seqlen": inputs.longest}
     q, k, v = (torch.nested.nested_tensor_from_jagged(x, **options).transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=inputs.causal).transpose(1, 2).values()
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).values()
 
 
 def _torch_varlen(inputs, q, k, v):
@@ -252,7 +252,8 @@ def _peers(inputs: Inputs, batch: int, cuda: bool, contestant) -> list[Contestan
         for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
             found.append(contestant(f"torch SDPA {name}", _padded(backend), padded=True))
     launches = {"captured": False, "note": "with Python's launch cost"}
-    found.append(contestant("torch SDPA flash, nested", _nested, **launches))
+    if not inputs.causal:
+        found.append(contestant("torch SDPA flash, nested", _nested, **launches))
     if importlib.util.find_spec("torch.nn.attention.varlen"):
         found.append(contestant("torch.nn.attention.varlen", _torch_varlen))
     if importlib.util.find_spec("flash_attn"):
