@@ -57,7 +57,7 @@ def relative_similarity_loss(
     if ties not in TIES:
         raise unknown_name("ties", ties, TIES)
     target = unit_target(student, teacher, teacher_weights)
-    ranks = ranks_of(gather, "student", student)
+    ranks = ranks_of(gather, student=student, teacher=target)
     everyone = gather_constant(ranks, student) if ranks.world > 1 else None
     loss = autograd.relative_similarity_loss(
         student,
