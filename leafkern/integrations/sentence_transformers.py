@@ -62,4 +62,5 @@ class TrainerLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, object]:
         """What the model card says of the loss."""
-        return {"loss": type(self.loss).__name__, **self.loss.options}
+        mixing = {"mixing": self.loss.mixing} if isinstance(self.loss, InfoNCELoss) else {}
+        return {"loss": type(self.loss).__name__, **self.loss.options, **mixing}

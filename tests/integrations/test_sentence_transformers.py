@@ -94,3 +94,4 @@ def test_misuse_is_named(tiny_bert):
     with pytest.raises(InputError, match="SoftLabelLoss: 1 text column"):
         TrainerLoss(model, losses.SoftLabelLoss())(features[:1], torch.ones(3, 1))
     assert TrainerLoss(model, losses.AlignmentLoss(kind="l2")).get_config_dict()["kind"] == "l2"
+    assert TrainerLoss(model, losses.InfoNCELoss(listwise=2)).get_config_dict()["mixing"]["listwise"] == 2

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,7 +76,7 @@ def test_checks_name_rows():
     with pytest.raises(InputError, match=r"x: row 2 holds NaN or infinity \(1 such rows\)"):
         checks.check_finite_rows("x", x)
     x[1:3] = 0
-    with pytest.raises(InputError, match=r"x: row 1 is all zeros \(2 such rows\)"):
+    with pytest.raises(InputError, match=r"x: row 1 has length 0 \(2 such rows\)"):
         checks.check_nonzero_rows("x", x)
     checks.check_finite_rows("x", torch.empty(0, 3))
     checks.check_nonzero_rows("x", torch.empty(3, 0))
@@ -189,13 +190,35 @@ def test_a_scaled_half_precision_loss_keeps_small_gradients():
     torch.testing.assert_close(x.grad.item(), 2 * x.item() * 2**16, rtol=1e-3, atol=0)
 
 
-def test_second_derivatives_are_refused():
+def _penalty(loss, x):
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    return grad.square().sum()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x: square(x, None, [True, False])[0],
+        lambda x: torch.ops.leafkern.test_square(x, None, [True, False])[0],
+        lambda x: scaled(x, 3.0).square().sum(),
+    ],
+    ids=["eager", "registered", "incoming gradient"],
+)
+def test_second_derivatives_are_refused(loss):
+    # A gradient penalty must not silently count as a constant, whichever way it is differentiated.
     x = torch.randn(3, 4, requires_grad=True)
-    for loss in (square(x, None, [True, False])[0], scaled(x, 3.0).square().sum()):
-        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-        # A gradient penalty must not silently count as a constant.
-        with pytest.raises(RuntimeError, match="no second derivative"):
-            (x.sum() + grad.square().sum()).backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (x.sum() + _penalty(loss(x), x)).backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(x.sum() + _penalty(loss(x), x), x)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.functional.hvp(loss, x.detach(), torch.ones(3, 4))
+
+
+def test_first_derivative_of_a_function():
+    x = torch.randn(3, 4)
+    found = torch.func.grad(lambda x: square(x, None, [True, False])[0])(x)
+    torch.testing.assert_close(found, 2 * x)
 
 
 def test_autocast_does_not_reach_into_an_operation():
@@ -227,7 +250,18 @@ def test_gradient_of_normalisation():
         (lambda: checks.check_dims([], 8), "from 1 to 8"),
         (lambda: checks.check_dims([True], 8), "from 1 to 8"),
         (lambda: checks.check_dim_weights([1.0], [4, 2]), "dim_weights: expected 2 finite numbers"),
-        (lambda: checks.check_dim_weights([1.0, float("nan")], [4, 2]), "dim_weights: expected 2 finite numbers"),
+        (
+            lambda: checks.check_dim_weights([1.0, float("nan")], [4, 2]),
+            r"dim_weights\[1\]: expected a finite number; got nan",
+        ),
+        (lambda: checks.check_dim_weights(0.5, [4, 2]), "dim_weights: expected 2 finite numbers; got 0.5"),
+        (lambda: checks.check_dim_weights(["a", "b"], [4, 2]), r"dim_weights\[0\]: expected a finite number; got 'a'"),
+        (lambda: checks.check_dims(8, 8), "dims: expected prefix widths from 1 to 8; got 8"),
+        (lambda: checks.check_number("margin", 10**400), "margin: expected a finite number; got 1000"),
+        (lambda: checks.check_flag("causal", "no"), "causal: expected True or False; got 'no'"),
+        (lambda: checks.check_floating("x", torch.ones(1).to(torch.float8_e4m3fn)), "x: expected a floating-point"),
+        (lambda: checks.check_nonzero_rows("t", torch.full((2, 3), 1e-30)), "t: row 0 has length 0"),
+        (lambda: checks.check_nonzero_rows("t", torch.full((2, 3), 1e30)), "t: row 0 has length inf"),
         (lambda: checks.check_number("margin", float("inf")), "margin: expected a finite number; got inf"),
         (
             lambda: checks.check_number("margin", "a", least=0),
@@ -243,7 +277,8 @@ def test_numbers_and_widths(call, message):
 
 def test_widths_by_default():
     assert checks.check_dims(None, 8) == [8]
-    assert checks.check_dims((8, 3), 8) == [8, 3]
+    assert checks.check_dims((8, 3), 8) == checks.check_dims(np.array([8, 3]), 8) == [8, 3]
+    assert checks.check_number("margin", np.float32(0.5)) == 0.5
     assert checks.check_dim_weights(None, [8, 3]) == [0.5, 0.5]
     assert checks.check_dim_weights([1, 0], [8, 3]) == [1.0, 0.0]
 

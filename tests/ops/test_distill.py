@@ -393,8 +393,8 @@ def test_one_process_is_all_ranks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": (1, 2)}, "weights: expected three numbers"),
-        ({"weights": 1.0}, "weights: expected three numbers"),
+        ({"weights": (1, 2)}, "weights: expected 3 finite numbers"),
+        ({"weights": 1.0}, "weights: expected 3 finite numbers"),
         ({"weights": (1, -2, 3)}, r"weights\[1\]: expected a finite number of at least 0; got -2"),
         ({"weights": (1, 2, float("nan"))}, r"weights\[2\]: expected a finite number"),
         ({"weights": (float("inf"), 2, 0)}, r"weights\[0\]: expected a finite number"),
@@ -405,7 +405,7 @@ def test_one_process_is_all_ranks():
         ({"margin": float("nan")}, "margin: expected a finite number"),
         ({"margin": -0.1}, "margin: expected a finite number of at least 0"),
         ({"min_gap": -0.1}, "min_gap: expected a finite number of at least 0"),
-        ({"teacher_weights": [1, 1]}, "teacher_weights: 2 numbers"),
+        ({"teacher_weights": [1, 1]}, "teacher_weights: expected 1 finite numbers"),
         ({"gather": "all"}, "gather: unknown name 'all'"),
     ],
 )

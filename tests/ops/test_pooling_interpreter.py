@@ -281,3 +281,9 @@ def test_what_the_kernel_cannot_serve(monkeypatch, dtype, width, reason):
         found = norm_mean_pool(*arguments, cu, eps=1e-5)
     assert relative(found, brute_norm_mean_pool(*exactly(arguments), cu, 1e-5, "layer", True)) <= TOLERANCE[dtype]
     found.sum().backward()
+
+
+def test_the_widest_norm_that_is_let_in_is_proved():
+    from leafkern.ops.pooling import kernels
+
+    assert max(kernels.WIDTHS["fp32"]) == autograd.WIDEST_NORM

@@ -419,7 +419,7 @@ def test_bad_teacher_row_is_named(bad):
         ({"student": torch.zeros(2)}, "student: expected 2 dimensions"),
         ({"student": torch.zeros(4, 5, dtype=torch.int64)}, "student: expected a floating-point"),
         ({"teacher": torch.ones(3, 5)}, "4 and 3 rows"),
-        ({"teacher": [torch.ones(4, 5)], "teacher_weights": [1, 2]}, "teacher_weights: 2 numbers"),
+        ({"teacher": [torch.ones(4, 5)], "teacher_weights": [1, 2]}, "teacher_weights: expected 1 finite numbers"),
         ({"dims": [2, 5]}, "dims: expected descending"),
         ({"dims": [6]}, "dims: expected prefix widths from 1 to 5"),
         ({"margin": -0.1}, "margin: expected a finite number of at least 0"),
@@ -534,3 +534,10 @@ def test_peak_memory_at_4096():
     pairs = 4096 * 4095 / 2
     # 64 bytes per pair, the two matrices of scores, and the gradient's sum with its transpose.
     assert int(done.stdout) <= (64 + 2 * 8 + 8) * pairs + (64 << 20)
+
+
+def test_another_default_device_changes_nothing():
+    student, teacher = torch.randn(6, 4), torch.randn(6, 3)
+    expected = relative_similarity_loss(student, teacher)
+    with torch.device("meta"):
+        assert torch.equal(relative_similarity_loss(student, teacher), expected)

@@ -499,6 +499,13 @@ def test_under_compile_and_autocast(precision, autocast):
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_another_default_device_changes_nothing():
+    queries, base = unit(4, 16), quantize(unit(150, 16), "int8")
+    expected = search(queries, base, 5)
+    with torch.device("meta"):
+        assert all(torch.equal(a, b) for a, b in zip(search(queries, base, 5), expected))
+
+
 @needs_native
 def test_several_python_threads_at_once():
     codes = random_codes(5000, 128, 8)

@@ -280,7 +280,7 @@ def test_one_process_is_all_ranks():
         (torch.ones(2, 3), torch.ones(2, 3), {"dims": []}, "dims: expected prefix widths from 1 to 3"),
         (torch.ones(2, 3), torch.ones(2, 3), {"dims": [1, 3]}, "dims: expected descending, unique"),
         (torch.ones(2, 3), torch.ones(2, 3), {"dims": [2, 2]}, "dims: expected descending, unique"),
-        (torch.ones(2, 3), torch.ones(2, 3), {"teacher_weights": [1, 2]}, "teacher_weights: 2 numbers"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"teacher_weights": [1, 2]}, "teacher_weights: expected 1 finite numbers"),
         (torch.ones(2, 3), torch.ones(2, 3), {"teacher_weights": [-1]}, r"teacher_weights\[0\]: expected a finite"),
         (torch.ones(2, 3), torch.ones(2, 3), {"teacher_weights": [0]}, "teacher_weights: all are 0"),
         (torch.ones(2, 3), torch.ones(2, 3), {"gather": "rank"}, "gather.*did you mean 'ranks'"),

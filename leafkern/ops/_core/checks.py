@@ -4,13 +4,16 @@ Shape, dtype and device are always checked. Values (NaN, zero rows, monotone cu_
 CUDA only with LEAFKERN_CHECK=1, and never under graph capture or torch.compile (a host synchronisation).
 """
 
-import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 
 import torch
 
 from leafkern.errors import InputError
+
+_LARGEST = sys.float_info.max
 
 
 def values_checked(x: torch.Tensor) -> bool:
@@ -37,9 +40,9 @@ def check_tensor(
 
 
 def check_floating(name: str, x: object, *, ndim: int | None = None) -> torch.Tensor:
-    """`x` itself, if it is a floating-point tensor of `ndim` dimensions."""
+    """`x` itself, if it is a tensor of `ndim` dimensions and float16, bfloat16, float32 or float64."""
     x = check_tensor(name, x, ndim=ndim)
-    if not x.is_floating_point():
+    if not x.is_floating_point() or x.element_size() < 2:
         raise InputError(f"{name}: expected a floating-point tensor, got {str(x.dtype).removeprefix('torch.')}")
     return x
 
@@ -62,13 +65,17 @@ def check_finite_rows(name: str, x: torch.Tensor) -> None:
 
 
 def check_nonzero_rows(name: str, x: torch.Tensor) -> None:
-    """Names the first row of `x` whose entries are all zero."""
+    """Names the first row of `x` without a direction: zero, or of a length that at least float32 can't hold."""
     if not values_checked(x) or x.numel() == 0:
         return
-    bad = (x == 0).flatten(1).all(dim=1)
+    norms = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    bad = ~((norms > 0) & (norms < torch.inf))
     if bad.any():
         rows = bad.nonzero().flatten().tolist()
-        raise InputError(f"{name}: row {rows[0]} is all zeros ({len(rows)} such rows); expected non-zero vectors")
+        raise InputError(
+            f"{name}: row {rows[0]} has length {norms[rows[0]]:g} ({len(rows)} such rows); expected vectors that "
+            "can be normalised"
+        )
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
@@ -86,12 +93,16 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
 
 
 def check_dims(dims: Sequence[int] | None, width: int) -> list[int]:
-    """Matryoshka prefix widths: `dims` itself as a list, or [width] for None."""
+    """Matryoshka prefix widths: `dims` itself as a list of ints, or [width] for None."""
     if dims is None:
         return [width]
+    expected = f"expected prefix widths from 1 to {width}"
+    if isinstance(dims, str) or not isinstance(dims, Iterable):
+        raise InputError(f"dims: {expected}; got {dims!r}")
     dims = list(dims)
-    if not dims or not all(isinstance(d, int) and not isinstance(d, bool) and 1 <= d <= width for d in dims):
-        raise InputError(f"dims: expected prefix widths from 1 to {width}; got {dims}")
+    if not dims or not all(isinstance(d, Integral) and not isinstance(d, bool) and 1 <= d <= width for d in dims):
+        raise InputError(f"dims: {expected}; got {dims}")
+    dims = [int(d) for d in dims]
     if sorted(set(dims), reverse=True) != dims:
         raise InputError(f"dims: expected descending, unique widths; got {dims}")
     return dims
@@ -101,17 +112,28 @@ def check_dim_weights(dim_weights: Sequence[float] | None, dims: Sequence[int]) 
     """One finite weight per prefix width; None: 1/K each."""
     if dim_weights is None:
         return [1 / len(dims)] * len(dims)
-    weights = [float(weight) for weight in dim_weights]
-    if len(weights) != len(dims) or not all(-math.inf < weight < math.inf for weight in weights):
-        raise InputError(f"dim_weights: expected {len(dims)} finite numbers, one for each of dims; got {weights}")
-    return weights
+    return check_numbers("dim_weights", dim_weights, len(dims))
+
+
+def check_numbers(name: str, values: Sequence[float], count: int, *, least: float | None = None) -> list[float]:
+    """`count` finite numbers, >= `least`."""
+    if isinstance(values, str) or not isinstance(values, Iterable) or len(list(values)) != count:
+        raise InputError(f"{name}: expected {count} finite numbers; got {values!r}")
+    return [check_number(f"{name}[{k}]", value, least=least) for k, value in enumerate(values)]
 
 
 def check_number(name: str, value: object, *, above: float | None = None, least: float | None = None) -> float:
     """`value` as a finite float that is > `above` or >= `least`."""
     # Comparisons, not math.isfinite: torch.compile may trace the number as a symbol.
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+    good = isinstance(value, Real) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
     if not good or (above is not None and value <= above) or (least is not None and value < least):
         bound = f" above {above:g}" if above is not None else f" of at least {least:g}" if least is not None else ""
         raise InputError(f"{name}: expected a finite number{bound}; got {value!r}")
     return float(value)
+
+
+def check_flag(name: str, value: object) -> bool:
+    """`value` itself, if it is True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}: expected True or False; got {value!r}")
+    return value

@@ -92,11 +92,10 @@ class Compiled:
 
 def shipped() -> list[Shipped]:
     """Every configuration of every operation that has Triton kernels, in the order of the folders' names."""
-    from leafkern import ops
-
     found = []
-    for folder in sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if module.ispkg):
-        name = f"{ops.__name__}.{folder}.kernels"
+    folders = (module.name for module in pkgutil.iter_modules([Path(__file__).parents[1]]) if module.ispkg)
+    for folder in sorted(folders):
+        name = f"leafkern.ops.{folder}.kernels"
         if importlib.util.find_spec(name) is not None:
             found += importlib.import_module(name).shipped()
     return found

@@ -16,12 +16,17 @@ from leafkern.errors import InputError, unknown_name
 GATHER = ("none", "ranks")
 
 
+# Half precisions differ in more than their size: ranks compare places in this list.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """counts: rows of every rank, in rank order; rank: this one."""
+    """counts: rows of every rank, in rank order; rank: this one; differentiated: arguments that any rank trains."""
 
     counts: tuple[int, ...]
     rank: int = 0
+    differentiated: frozenset[str] = frozenset()
 
     @property
     def world(self) -> int:
@@ -41,24 +46,43 @@ class Ranks:
         return slice(self.start, self.start + self.counts[self.rank])
 
 
-def ranks_of(gather: str, name: str, x: torch.Tensor) -> Ranks:
-    """Who holds how many rows of the argument `x`, called `name`; every rank must call this.
+def ranks_of(gather: str, **arguments: torch.Tensor | None) -> Ranks:
+    """Who holds how many rows of `arguments`, which have the same number on a rank; every rank must call this.
 
     gather: "none" (this rank alone) or "ranks". Ranks may hold different numbers of rows, also 0, but must agree in the
-    other dimensions and the dtype. The counts come to the host: a CUDA stream is waited for.
+    other dimensions, the dtypes, and which arguments are None. The answers come to the host: a CUDA stream is waited
+    for. A rank that raised before, such as for a bad teacher row, is waited for until the process group's timeout.
     """
     if gather not in GATHER:
         raise unknown_name("gather", gather, GATHER)
+    present = {name: x for name, x in arguments.items() if x is not None}
+    rows = next(iter(present.values())).shape[0]
     if gather == "none" or not (dist.is_available() and dist.is_initialized()):
-        return Ranks((x.shape[0],))
-    mine = torch.tensor([x.shape[0], *x.shape[1:], x.element_size()], device=x.device)
+        return Ranks((rows,))
+    mine = [rows]
+    for x in arguments.values():
+        shape = (-1, 0, 0) if x is None else (_DTYPES.index(x.dtype), *x.shape[1:], *[1] * (3 - x.ndim))
+        mine += [*shape, x is not None and x.requires_grad and torch.is_grad_enabled()]
+    device = next(iter(present.values())).device
+    mine = torch.tensor(mine, device=device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
-    shapes = [part.tolist() for part in everyone]
-    if any(shape[1:] != shapes[0][1:] for shape in shapes):
-        seen = ", ".join(f"{tuple(shape[:-1])} of {8 * shape[-1]} bits" for shape in shapes)
-        raise InputError(f"{name}: ranks must agree in all but the number of rows and in dtype; they hold {seen}")
-    return Ranks(tuple(shape[0] for shape in shapes), dist.get_rank())
+    table = torch.stack(everyone).cpu()  # [W, 1 + 4 * arguments]
+    for place, name in enumerate(arguments):
+        seen = table[:, 1 + 4 * place : 4 + 4 * place].tolist()
+        if any(shape != seen[0] for shape in seen):
+            held = ", ".join(_described(*shape) for shape in seen)
+            raise InputError(f"{name}: ranks must agree in all but the number of rows; they hold {held}")
+    trained = table[:, 4::4].any(0).tolist()
+    differentiated = frozenset(name for name, any_rank in zip(arguments, trained) if any_rank)
+    return Ranks(tuple(table[:, 0].tolist()), dist.get_rank(), differentiated)
+
+
+def _described(dtype: int, *dims: int) -> str:
+    if dtype < 0:
+        return "None"
+    dims = dims if dims[1] > 1 else dims[:1]
+    return f"(rows, {', '.join(map(str, dims))}) of {str(_DTYPES[dtype]).removeprefix('torch.')}"
 
 
 def gather_constant(ranks: Ranks, x: torch.Tensor) -> torch.Tensor:
@@ -82,17 +106,22 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return None, grad[ctx.ranks.own]
 
 
-def gather_rows(ranks: Ranks, x: torch.Tensor) -> torch.Tensor:
-    """All ranks' rows of x in rank order; the gradient of a row is the sum over ranks, on the rank that holds it.
+def gather_rows(ranks: Ranks, name: str, x: torch.Tensor) -> torch.Tensor:
+    """All ranks' rows of x, the argument `name`; a row's gradient is the sum over ranks, on the rank that holds it.
 
-    Every rank must call this, and must run the backward pass if one does.
+    Every rank must call this, and must run the backward pass if one does. A rank whose own x needs no gradient, such as
+    one without rows, still adds to the others'.
     """
-    return x if ranks.world == 1 else _GatherRows.apply(ranks, x)
+    if ranks.world == 1:
+        return x
+    if name not in ranks.differentiated:
+        return gather_constant(ranks, x)
+    return _GatherRows.apply(ranks, x if x.requires_grad else x.detach().requires_grad_())
 
 
 class _LossOfRanks(torch.autograd.Function):

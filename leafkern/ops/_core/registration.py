@@ -28,19 +28,26 @@ def without_autocast(function: Callable) -> Callable:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
+    """A gradient, tied to the tensors that it depends on: to differentiate it again raises."""
+
     @staticmethod
-    def forward(ctx, grad):
+    def forward(grad, *depends_on):
         return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx, _):
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
         raise RuntimeError("leafkern's operations can be differentiated once: there is no second derivative")
 
 
 def once_differentiable(backward: Callable) -> Callable:
     """`backward` without a graph of its own; where create_graph=True asks for one, its use raises.
 
-    torch's decorator of this name lets a gradient that depends on saved tensors alone pass as a constant.
+    A gradient depends on the incoming ones and on saved tensors. (torch's decorator of this name looks at the former
+    alone, so that a gradient penalty would silently count as a constant.)
     """
 
     def plain(ctx, *grads):
@@ -48,8 +55,9 @@ def once_differentiable(backward: Callable) -> Callable:
             outputs = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return outputs
+        depends_on = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
         several = outputs if isinstance(outputs, tuple) else (outputs,)
-        return tuple(x if x is None else _NoSecondDerivative.apply(x.detach().requires_grad_()) for x in several)
+        return tuple(x if x is None else _NoSecondDerivative.apply(x, *depends_on) for x in several)
 
     return plain
 
@@ -67,7 +75,8 @@ def register(
     schema: "name(Tensor x, int k) -> Tensor". `implementation` serves every device and must return new tensors,
     never its inputs or views of them; `fake` returns empty tensors of the same shapes, dtypes and devices.
     For a differentiable operation, `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` have the meaning
-    that they have in `torch.autograd.Function`, which eager calls go through; a second derivative is refused.
+    that they have in `torch.autograd.Function`, which eager calls go through. Save every tensor that the gradient
+    depends on: by these, a second derivative is refused (under torch.compile it is not, and must not be taken).
     `backward` must itself be made of registered or torch operations: torch.compile traces it.
     """
     name = schema.partition("(")[0].strip()
@@ -77,9 +86,9 @@ def register(
     torch.library.register_fake(f"leafkern::{name}", fake, lib=_LIBRARY)
     eager = implementation
     if backward is not None:
-        backward = without_autocast(backward)
+        backward = once_differentiable(without_autocast(backward))
         torch.library.register_autograd(f"leafkern::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-        parts = {"forward": implementation, "setup_context": setup_context, "backward": once_differentiable(backward)}
+        parts = {"forward": implementation, "setup_context": setup_context, "backward": backward}
         members = {part: staticmethod(function) for part, function in parts.items()}
         eager = type(name, (torch.autograd.Function,), members).apply
     registered = getattr(torch.ops.leafkern, name).default
@@ -107,12 +116,14 @@ def register_loss(schema: str, implementation: Callable, fake: Callable, *, diff
         gradients = output[len(output) - len(differentiable) :]
         ctx.needs = list(inputs[-1])
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*gradients)
+        # The arguments are not needed for the gradient, but it depends on them: see `once_differentiable`.
+        ctx.save_for_backward(*gradients, *(inputs[place] for place in differentiable))
 
     def backward(ctx, grad, *_):
         grads = [None] * ctx.count
         if grad is not None:
-            for place, dtype, wanted, saved in zip(differentiable, ctx.meta, ctx.needs, ctx.saved_tensors, strict=True):
+            gradients = ctx.saved_tensors[: len(differentiable)]
+            for place, dtype, wanted, saved in zip(differentiable, ctx.meta, ctx.needs, gradients, strict=True):
                 if wanted:
                     grads[place] = (grad * saved).to(dtype)
                 elif dtype is not None and ctx.needs_input_grad[place]:

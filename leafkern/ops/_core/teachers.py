@@ -9,7 +9,7 @@ from leafkern.ops._core.checks import (
     check_finite_rows,
     check_floating,
     check_nonzero_rows,
-    check_number,
+    check_numbers,
     check_same_device,
 )
 from leafkern.ops._core.normalize import at_least_float32, normalize_rows
@@ -38,10 +38,10 @@ def unit_target(
         check_same_device(student=student, **{name: t})
         check_finite_rows(name, t)
         check_nonzero_rows(name, t)
-    weights = [1.0] * len(teachers) if teacher_weights is None else list(teacher_weights)
-    if len(weights) != len(teachers):
-        raise InputError(f"teacher_weights: {len(weights)} numbers; expected one for each of {len(teachers)} teachers")
-    weights = [check_number(f"teacher_weights[{k}]", weight, least=0) for k, weight in enumerate(weights)]
+    count = len(teachers)
+    weights = (
+        [1.0] * count if teacher_weights is None else check_numbers("teacher_weights", teacher_weights, count, least=0)
+    )
     if not any(weights):
         raise InputError("teacher_weights: all are 0; expected at least one above 0")
     units = [normalize_rows(t.detach().to(at_least_float32(t.dtype))) for t in teachers]

@@ -5,6 +5,7 @@ import torch
 from leafkern.errors import InputError
 from leafkern.ops._core.checks import (
     check_cu_seqlens,
+    check_flag,
     check_floating,
     check_number,
     check_same_device,
@@ -56,7 +57,9 @@ def varlen_attention(
     """
     scale = _checked_scale(q, k, v, cu_seqlens, max_seqlen, scale)
     left, right = _checked_window(window)
-    return autograd.varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale, bool(causal), left, right)[0]
+    return autograd.varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale, check_flag("causal", causal), left, right)[
+        0
+    ]
 
 
 def attention_mean_pool(

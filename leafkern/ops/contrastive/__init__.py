@@ -9,6 +9,7 @@ from leafkern.ops._core.backend import choose
 from leafkern.ops._core.checks import (
     check_dim_weights,
     check_dims,
+    check_flag,
     check_floating,
     check_number,
     check_same_device,
@@ -46,7 +47,9 @@ def _check_ids(
         raise InputError(f"ids: expected (positive_ids, negative_ids), got {type(ids).__name__}")
     shapes = [positives.shape[:1], None if negatives is None else negatives.shape[:2]]
     if ids[1] is None and (negatives is None or negatives.numel() == 0):
-        shapes[1] = None
+        if negatives is not None:
+            # Other ranks may have some.
+            ids = (ids[0], torch.empty(shapes[1], dtype=torch.int64, device=negatives.device))
     elif negatives is None:
         raise InputError("ids: ids of negatives, but no negatives; expected (positive_ids, None)")
     checked = []
@@ -115,15 +118,17 @@ def info_nce(
     check_same_device(queries=queries, positives=positives, negatives=negatives, mixed=mixed)
     positive_ids, negative_ids = _check_ids(ids, positives, negatives)
     temperature, gamma = check_number("temperature", temperature, above=0), check_number("gamma", gamma, least=0)
+    detach_focal = check_flag("detach_focal", detach_focal)
     fn_margin = None if fn_margin is None else check_number("fn_margin", fn_margin)
     dims = check_dims(dims, queries.shape[1])
     dim_weights = check_dim_weights(dim_weights, dims)
     choose("contrastive", {"reference": None})
 
-    ranks = ranks_of(gather, "positives", positives)
-    positives = gather_rows(ranks, positives)
+    ids_given = {"ids[0] (of positives)": positive_ids, "ids[1] (of negatives)": negative_ids}
+    ranks = ranks_of(gather, positives=positives, negatives=negatives, **ids_given)
+    positives = gather_rows(ranks, "positives", positives)
     if negatives is not None:
-        negatives = gather_rows(ranks_of(gather, "negatives", negatives), negatives)
+        negatives = gather_rows(ranks, "negatives", negatives)
     if positive_ids is not None:
         positive_ids = gather_constant(ranks, positive_ids)
     if negative_ids is not None:
@@ -220,9 +225,10 @@ def soft_label_loss(
     dim_weights = check_dim_weights(dim_weights, dims)
     choose("contrastive", {"reference": None})
 
-    ranks = ranks_of(gather, "queries", queries)
+    own = {} if shared else {"candidates": candidates}
+    ranks = ranks_of(gather, queries=queries, **own)
     if shared:
-        candidates = gather_rows(ranks_of(gather, "candidates", candidates), candidates)
+        candidates = gather_rows(ranks_of(gather, candidates=candidates), "candidates", candidates)
     expected = (queries.shape[0], candidates.shape[0] if shared else candidates.shape[1])
     if teacher_scores.shape != expected:
         raise InputError(

@@ -13,6 +13,7 @@ from leafkern.ops._core.checks import (
     check_floating,
     check_nonzero_rows,
     check_number,
+    check_numbers,
     check_same_device,
 )
 from leafkern.ops._core.ranks import Ranks, gather_constant, loss_of_ranks, ranks_of
@@ -62,7 +63,7 @@ def alignment_loss(
     check_finite_rows("teacher", teacher)
     check_nonzero_rows("teacher", teacher)
     choose("distill", {"reference": None})
-    ranks = ranks_of(gather, "student", student)
+    ranks = ranks_of(gather, student=student, teacher=teacher)
     loss = autograd.alignment_loss(student, teacher.detach(), KINDS.index(kind))
     if ranks.world > 1:
         loss = loss * (student.shape[0] / max(ranks.total, 1))
@@ -136,9 +137,7 @@ def distill_loss(
     InputError as similarity_loss does, and for wrong weights, margin, ties, min_gap or widths.
     """
     student, target, dims = _checked(student, teacher, dims, teacher_weights)
-    if not isinstance(weights, (list, tuple)) or len(weights) != 3:
-        raise InputError(f"weights: expected three numbers, for cosine, similarity and relative; got {weights!r}")
-    weights = [check_number(f"weights[{k}]", weight, least=0) for k, weight in enumerate(weights)]
+    weights = check_numbers("weights", weights, 3, least=0)
     if weights[0] and student.shape[1] != target.shape[1]:
         raise InputError(
             f"student, teacher: widths {student.shape[1]} and {target.shape[1]} differ; the cosine term compares the "
@@ -176,7 +175,7 @@ def _checked(student, teacher, dims, teacher_weights) -> tuple[torch.Tensor, tor
 
 def _of_all_ranks(gather, student, target) -> tuple[Ranks, torch.Tensor | None, torch.Tensor]:
     """Who holds which rows; all ranks' students, None if there is one rank; all ranks' targets."""
-    ranks = ranks_of(gather, "student", student)
+    ranks = ranks_of(gather, student=student, teacher=target)
     if ranks.world == 1:
         return ranks, None, target
     return ranks, gather_constant(ranks, student), gather_constant(ranks, target)

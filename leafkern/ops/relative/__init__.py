@@ -46,10 +46,12 @@ def relative_similarity_loss(
 
     Returns a scalar in at least float32; scores are computed in that dtype, whatever autocast says, and compared
     in float64. Differentiable in the student, never in the teacher; the gradient is computed with the value. B < 3
-    gives 0. On CPU O(P log P) work and at most 64 bytes per pair in the compiled kernels, up to B = 46340; several
-    times that in the PyTorch fallback, which serves CUDA too. Raises InputError for shapes, widths, an unknown name, or
-    a margin or min_gap that is negative or not finite and, where values are checked (CPU, or LEAFKERN_CHECK=1), for a
-    teacher row that is zero, NaN or infinite. NaN or infinity in the student makes the loss NaN; a zero row is fine.
+    gives 0. In the compiled kernels (CPU, B up to 46340) the work grows as P log P and working memory is 44 bytes per
+    pair, 47 at B = 8192 and 56 at 16384, for all dims together; scores and their gradient take 8 each (float64: 16) for
+    every width. The PyTorch fallback, which serves CUDA too, takes several times that. Raises InputError for shapes,
+    widths, an unknown name, or a margin or min_gap that is negative or not finite and, where values are checked (CPU,
+    or LEAFKERN_CHECK=1), for a teacher row that is zero, NaN or infinite. NaN or infinity in the student makes the loss
+    NaN; a zero row is fine.
     """
     student = check_floating("student", student, ndim=2)
     dims = check_dims(dims, student.shape[1])
@@ -57,7 +59,7 @@ def relative_similarity_loss(
     if ties not in TIES:
         raise unknown_name("ties", ties, TIES)
     target = unit_target(student, teacher, teacher_weights)
-    ranks = ranks_of(gather, "student", student)
+    ranks = ranks_of(gather, student=student, teacher=target)
     everyone = gather_constant(ranks, student) if ranks.world > 1 else None
     loss = autograd.relative_similarity_loss(
         student,

@@ -30,9 +30,9 @@ def relative_scores(
     student_scores, teacher_scores = student_scores.contiguous(), teacher_scores.contiguous()
     widths, batch, _ = student_scores.shape
     gradient = torch.empty_like(student_scores) if with_gradient else student_scores.new_empty(0)
-    loss = torch.empty(widths, dtype=torch.float64)
+    loss = torch.empty(widths, dtype=torch.float64, device="cpu")
     sizes = (student_scores.dtype == torch.float64, batch, widths, threads or torch.get_num_threads())
-    workspace = torch.empty(module.relative_workspace(*sizes), dtype=torch.uint8)
+    workspace = torch.empty(module.relative_workspace(*sizes), dtype=torch.uint8, device="cpu")
     tensors = (student_scores, teacher_scores, loss)
     pointers = [x.data_ptr() for x in tensors] + [gradient.data_ptr() if with_gradient else 0, workspace.data_ptr()]
     module.relative(*sizes, margin, min_gap, reference_ties, *pointers, workspace.numel())

@@ -28,15 +28,15 @@ def search(
     module, _ = library()
     u = u.contiguous()
     n, k = len(codes), min(k, len(codes))
-    scores = torch.empty((len(u), k), dtype=torch.int32)
-    ids = torch.empty((len(u), k), dtype=torch.int64)
+    scores = torch.empty((len(u), k), dtype=torch.int32, device="cpu")
+    ids = torch.empty((len(u), k), dtype=torch.int64, device="cpu")
     if scores.numel() == 0:
         return scores, ids
     form = {8: 0, 4: 1, 1: 3 if query_bits == 1 else 2}[bits]
     flip = 0x80 if bits == 1 and codes.dtype == torch.int8 else 0
     stride = codes.stride(0) if n > 1 else codes.shape[1]
     sizes = (form, u.shape[1], flip, len(u), n, stride, k, threads or torch.get_num_threads())
-    workspace = torch.empty(module.search_workspace(*sizes), dtype=torch.uint8)
+    workspace = torch.empty(module.search_workspace(*sizes), dtype=torch.uint8, device="cpu")
     pointers = (u.data_ptr(), codes.data_ptr(), scores.data_ptr(), ids.data_ptr(), workspace.data_ptr())
     module.search(*sizes, *pointers, workspace.numel())
     return scores, ids
