@@ -75,7 +75,7 @@ pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -o addop
 mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' "$root/tests")
 # The tests of the compiled CPU kernels: that machine's processor may have instructions that this one lacks.
 mapfile -t native_tests < <(grep -rl --include='test_*.py' '_core.native import library' "$root/tests/ops")
-kernel_tests=("$root/tests/gpu/test_kernels_gpu.py" "$root/tests/gpu/test_attention_gpu.py")
+kernel_tests=("$root"/tests/gpu/test_{pooling,attention}_gpu.py)
 no_sanitizer() { # why compute-sanitizer can't run here; nothing when it can
     if ! command -v compute-sanitizer >/dev/null; then
         echo "compute-sanitizer is not installed"
