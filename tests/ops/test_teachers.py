@@ -52,7 +52,7 @@ def test_half_precision_is_normalised_in_float32_and_autocast_changes_nothing():
         ([torch.ones(3, 2), torch.eye(3)[:, 1:]], None, r"teacher\[1\]: row 0 has length 0"),
         (torch.full((3, 2), torch.nan), None, "teacher: row 0 holds NaN"),
         (torch.ones(3, 2, dtype=torch.int64), None, "teacher: expected a floating-point tensor"),
-        (torch.ones(3, 2), [1, 2], "teacher_weights: expected 1 finite numbers; got \[1, 2\]"),
+        (torch.ones(3, 2), [1, 2], r"teacher_weights: expected 1 finite numbers; got \[1, 2\]"),
         ([torch.ones(3, 2)] * 2, [1, -1], r"teacher_weights\[1\]: expected a finite number of at least 0; got -1"),
         ([torch.ones(3, 2)] * 2, [0, 0], "teacher_weights: all are 0"),
     ],

@@ -4,16 +4,14 @@ Shape, dtype and device are always checked. Values (NaN, zero rows, monotone cu_
 CUDA only with LEAFKERN_CHECK=1, and never under graph capture or torch.compile (a host synchronisation).
 """
 
+import math
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
 import torch
 
 from leafkern.errors import InputError
-
-_LARGEST = sys.float_info.max
 
 
 def values_checked(x: torch.Tensor) -> bool:
@@ -125,7 +123,9 @@ def check_numbers(name: str, values: Sequence[float], count: int, *, least: floa
 def check_number(name: str, value: object, *, above: float | None = None, least: float | None = None) -> float:
     """`value` as a finite float that is > `above` or >= `least`."""
     # Comparisons, not math.isfinite: torch.compile may trace the number as a symbol.
-    good = isinstance(value, Real) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+    good = isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
+    # Python's ints know no largest; what no float holds is no number either.
+    good = good and not (isinstance(value, int) and abs(value) > 2**1000)
     if not good or (above is not None and value <= above) or (least is not None and value < least):
         bound = f" above {above:g}" if above is not None else f" of at least {least:g}" if least is not None else ""
         raise InputError(f"{name}: expected a finite number{bound}; got {value!r}")
