@@ -9,6 +9,8 @@ TRITON ?= triton==3.9.0
 TORCH_INDEX ?=
 
 RUN := $(VENV)/bin/python
+# One thread each: torch's threads wait for one another for long where there are more of them than cores.
+WORKERS := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.inl csrc/*/*.h)
 
@@ -20,9 +22,9 @@ demo: $(VENV)/installed-demo
 
 # Triton decides when it is imported whether kernels are interpreted or compiled: each in a process of its own.
 test: $(VENV)/installed-test
-	$(RUN) -m pytest -m "not slow and not gpu and not interpreter and not compile"
+	$(WORKERS) -m "not slow and not gpu and not interpreter and not compile"
 	@if [ "$$(uname -s)" = Linux ]; then set -ex; \
-		TRITON_INTERPRET=1 $(RUN) -m pytest -m "interpreter and not slow"; \
+		TRITON_INTERPRET=1 $(WORKERS) -m "interpreter and not slow"; \
 		$(RUN) -m pytest -m "compile and not slow"; fi
 
 # What `make test` leaves out for time.
