@@ -122,7 +122,7 @@ def test_the_walk_without_a_gpu_builds_and_collects_everything(tmp_path):
         assert found["status"] == "skipped", name
         assert found["reason"] in reasons, name
     # The log keeps only its end, and these are many.
-    several = {"tests": ["gpu", "kernels_gpu", "attention_gpu"], "native": ["retrieval"]}
+    several = {"tests": ["gpu", "pooling_gpu", "attention_gpu"], "native": ["retrieval"]}
     for name, parts in several.items():
         assert "tests collected" in written(out, name)["log"]
         for part in parts:
