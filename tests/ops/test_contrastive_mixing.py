@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
@@ -21,10 +22,6 @@ def batch(rows, number, width=16, dtype=torch.float64):
 def drawn(rows, number, pairs):
     first, second = torch.randint(number, (rows, pairs)), torch.randint(number, (rows, pairs))
     return first, second, torch.rand(rows, pairs)
-
-
-def relative(found, expected):
-    return (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)
 
 
 @pytest.fixture

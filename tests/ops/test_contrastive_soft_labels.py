@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
@@ -26,10 +27,6 @@ def batch(rows, number, *, shared, width=24, dtype=torch.float64):
 
 def exactly(tensors):
     return [x.detach().double().clone().requires_grad_(x.requires_grad) for x in tensors]
-
-
-def relative(found, expected):
-    return (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)
 
 
 def value_and_gradients(function, tensors, **options):

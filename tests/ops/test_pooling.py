@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from compare import bounds, relative
 from tolerances import TOLERANCE
 
 from leafkern.errors import BackendError, InputError
@@ -13,14 +14,6 @@ from leafkern.ops.pooling import NORMS, autograd
 from leafkern.ops.pooling.reference import brute_mean_pool, brute_norm_mean_pool
 
 RAGGED = [[1], [5], [0], [3, 0, 1, 17, 1], [0, 0, 4], [2, 0, 0], [64, 1, 33, 0, 128]]
-
-
-def bounds(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def relative(found, expected):
-    return (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)
 
 
 def norm_arguments(tokens, width, dtype, *, residual=True, bias=True):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import bounds, relative
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
@@ -14,22 +15,12 @@ from leafkern.ops._core import backend, launch
 from leafkern.ops.pooling import NORMS, autograd
 from leafkern.ops.pooling.reference import brute_mean_pool, brute_norm_mean_pool
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("only_triton")]
 
 DTYPES = [torch.float32, torch.float16]
 RAGGED = [[1], [0], [3, 0, 1, 17, 1], [0, 0, 4], [2, 0, 0], [40, 1, 21, 0, 35]]
 # One program for all tokens; several that split sequences, or hold several, or lie inside one.
 SHARES = [10_000, 8, 24]
-
-
-@pytest.fixture(autouse=True)
-def _only_triton(monkeypatch):
-    """Falling back is an error here; memory that a kernel leaves unwritten shows as NaN."""
-    monkeypatch.setenv("LEAFKERN_BACKEND", "pooling=triton")
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=SHARES)
@@ -41,14 +32,6 @@ def share(request, monkeypatch):
         kernels, "_shares", lambda x, tokens, blocks, config: (request.param, -(-tokens // request.param))
     )
     return request.param
-
-
-def bounds(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def relative(found, expected):
-    return (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)
 
 
 def norm_arguments(tokens, width, dtype, *, residual=True, bias=True):
