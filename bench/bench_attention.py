@@ -24,6 +24,7 @@ from leafkern.ops.attention import reference
 
 from .harness import Case, Contestant, Work
 from .lengths import lengths
+from .machine import as_cuda_graph
 
 # heads, heads of keys and values, width, causal
 MODELS = {
@@ -182,25 +183,6 @@ def _call(function, inputs: Inputs, backward: bool, padded: bool):
     return both if backward else forward
 
 
-def _captured(call):
-    """`call` as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-
-    def replay():
-        graph.replay()
-        return out
-
-    return replay
-
-
 def _contestant(name, function, sets, backward, dtype, *, padded=False, captured=False, slack=2, **options):
     calls: dict = {}
 
@@ -208,7 +190,7 @@ def _contestant(name, function, sets, backward, dtype, *, padded=False, captured
         # Captured at the first call, which is the one that is checked and not timed.
         if i not in calls:
             call = _call(function, sets[i], backward, padded)
-            calls[i] = _captured(call) if captured else call
+            calls[i] = as_cuda_graph(call) if captured else call
         return calls[i]()
 
     def check(output, i):

@@ -17,6 +17,7 @@ from leafkern.ops.pooling.reference import brute_mean_pool, brute_norm_mean_pool
 
 from .harness import Case, Contestant, Work
 from .lengths import lengths
+from .machine import as_cuda_graph
 
 EPS = 1e-12
 # (batch, width)
@@ -123,25 +124,6 @@ def _call(function, op: str, inputs: Inputs, backward: bool, padded: bool):
     return both if backward else forward
 
 
-def _captured(call):
-    """`call` as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-
-    def replay():
-        graph.replay()
-        return out
-
-    return replay
-
-
 @cache
 def _truth(op: str, backward: bool, inputs: Inputs) -> list[torch.Tensor]:
     exact = [each.detach().double().requires_grad_() for each in _arguments(op, inputs, False)]
@@ -160,7 +142,7 @@ def _contestant(name, function, op, sets, backward, dtype, *, padded=False, capt
         # Captured at the first call, which is the one that is checked and not timed.
         if i not in calls:
             call = _call(function, op, sets[i], backward, padded)
-            calls[i] = _captured(call) if captured else call
+            calls[i] = as_cuda_graph(call) if captured else call
         return calls[i]()
 
     def check(output, i):

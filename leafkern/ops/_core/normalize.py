@@ -23,3 +23,18 @@ def normalize_rows_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor
     # Below the clamp n(x) = x / 1e-12 is linear: nothing is projected out.
     along = torch.where(norm >= 1e-12, (grad * unit).sum(-1, keepdim=True), 0.0)
     return (grad - along * unit) / scale
+
+
+def common_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """What to compute in: the tensors' common dtype, at least float32."""
+    dtype = torch.float32
+    for x in tensors:
+        dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def brute_normalize(x: torch.Tensor) -> torch.Tensor:
+    """The definition of n(x) along the last dimension, for tests: by autograd, with n(0) = 0 and gradient 0 there."""
+    square = x.square().sum(-1, keepdim=True)
+    alive = square > 0
+    return torch.where(alive, x / torch.where(alive, square, 1.0).sqrt().clamp(min=1e-12), 0.0)

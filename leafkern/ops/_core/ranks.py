@@ -98,6 +98,16 @@ def gather_constant(ranks: Ranks, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, ranks.counts)])
 
 
+def of_all_ranks(
+    gather: str, student: torch.Tensor, target: torch.Tensor
+) -> tuple[Ranks, torch.Tensor | None, torch.Tensor]:
+    """Who holds which rows; all ranks' students, detached, or None where there is one rank; all ranks' targets."""
+    ranks = ranks_of(gather, student=student, teacher=target)
+    if ranks.world == 1:
+        return ranks, None, target
+    return ranks, gather_constant(ranks, student), gather_constant(ranks, target)
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ranks, x):

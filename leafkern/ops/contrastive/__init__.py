@@ -16,10 +16,10 @@ from leafkern.ops._core.checks import (
     check_tensor,
     values_checked,
 )
+from leafkern.ops._core.normalize import common_dtype
 from leafkern.ops._core.ranks import gather_constant, gather_rows, loss_of_ranks, ranks_of
 from leafkern.ops._core.registration import needs_gradient
 from leafkern.ops.contrastive import autograd
-from leafkern.ops.contrastive.reference import common_dtype
 
 __all__ = ["info_nce", "mix_negatives", "soft_label_loss"]
 

@@ -3,12 +3,11 @@
 import torch
 import torch.nn.functional as F
 
-from leafkern.ops._core.normalize import normalize_rows, normalize_rows_backward
+from leafkern.ops._core.normalize import common_dtype, normalize_rows, normalize_rows_backward
 from leafkern.ops._core.registration import register, register_loss
 from leafkern.ops.contrastive.reference import (
     blocked_info_nce,
     blocked_soft_label_loss,
-    common_dtype,
     empty_gradient,
 )
 

@@ -8,18 +8,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from leafkern.ops._core.normalize import at_least_float32, normalize_rows, normalize_rows_backward
+from leafkern.ops._core.normalize import brute_normalize, common_dtype, normalize_rows, normalize_rows_backward
 
 # Bytes of similarities (and of the row's own unit vectors) that one block of queries may take. Small blocks stay in a
 # CPU's cache; a GPU needs more work per launch.
 BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-
-
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    """n(x) = x / max(‖x‖, 1e-12) along the last dimension, with n(0) = 0 and gradient 0 there."""
-    square = x.square().sum(-1, keepdim=True)
-    alive = square > 0
-    return torch.where(alive, x / torch.where(alive, square, 1.0).sqrt().clamp(min=1e-12), 0.0)
 
 
 def brute_info_nce(
@@ -45,8 +38,8 @@ def brute_info_nce(
     total = sum(0 * x.sum() for x in (queries, columns, mixed) if x is not None)
     for width, weight in zip(dims, dim_weights, strict=True):
         for i, query in enumerate(queries):
-            query = _unit(query[:width])
-            scores = _unit(columns[:, :width]) @ query
+            query = brute_normalize(query[:width])
+            scores = brute_normalize(columns[:, :width]) @ query
             kept = [
                 j
                 for j in range(len(columns))
@@ -56,7 +49,7 @@ def brute_info_nce(
             ]
             others = scores[kept]
             if mixed is not None:
-                others = torch.cat([others, _unit(mixed[i, :, :width]) @ query])
+                others = torch.cat([others, brute_normalize(mixed[i, :, :width]) @ query])
             if others.numel() == 0 and gamma > 0:
                 continue
             everything = torch.logsumexp(torch.cat([scores[i : i + 1], others]) / temperature, 0)
@@ -89,7 +82,7 @@ def brute_soft_label_loss(
     for width, weight in zip(dims, dim_weights, strict=True):
         for i, query in enumerate(queries):
             against = candidates[i] if candidates.ndim == 3 else candidates
-            logits = _unit(against[:, :width]) @ _unit(query[:width]) / temperature
+            logits = brute_normalize(against[:, :width]) @ brute_normalize(query[:width]) / temperature
             log_student = logits - torch.logsumexp(logits, 0)
             teacher = teacher_scores[i].detach() / teacher_temperature
             log_teacher = teacher - torch.logsumexp(teacher, 0)
@@ -110,20 +103,12 @@ def brute_mix_negatives(
 ) -> torch.Tensor:
     """One mix at a time: the pairs, then the list-wise ones."""
     rows = []
-    for query, own, js, ks, weights in zip(queries, _unit(negatives), first, second, lambdas, strict=True):
+    for query, own, js, ks, weights in zip(queries, brute_normalize(negatives), first, second, lambdas, strict=True):
         mixes = [weight * own[j] + (1 - weight) * own[k] for j, k, weight in zip(js, ks, weights, strict=True)]
-        scores = (own @ _unit(query)).detach() / temperature
+        scores = (own @ brute_normalize(query)).detach() / temperature
         mixes += [torch.softmax(scores, 0) @ own] * listwise
-        rows.append(_unit(torch.stack(mixes)))
+        rows.append(brute_normalize(torch.stack(mixes)))
     return torch.stack(rows)
-
-
-def common_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """What to compute in: the tensors' common dtype, at least float32."""
-    dtype = torch.float32
-    for x in tensors:
-        dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
-    return at_least_float32(dtype)
 
 
 def empty_gradient(x: torch.Tensor | None, wanted: bool, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

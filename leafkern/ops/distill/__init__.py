@@ -16,7 +16,7 @@ from leafkern.ops._core.checks import (
     check_numbers,
     check_same_device,
 )
-from leafkern.ops._core.ranks import Ranks, gather_constant, loss_of_ranks, ranks_of
+from leafkern.ops._core.ranks import loss_of_ranks, of_all_ranks, ranks_of
 from leafkern.ops._core.registration import needs_gradient
 from leafkern.ops._core.teachers import unit_target
 from leafkern.ops.distill import autograd
@@ -98,7 +98,7 @@ def similarity_loss(
     or LEAFKERN_CHECK=1), for a teacher row that is zero, NaN or infinite.
     """
     student, target, dims = _checked(student, teacher, dims, teacher_weights)
-    ranks, everyone, target = _of_all_ranks(gather, student, target)
+    ranks, everyone, target = of_all_ranks(gather, student, target)
     loss, _ = autograd.similarity_loss(student, everyone, target, ranks.start, dims, needs_gradient(student))
     return loss_of_ranks(ranks, loss)
 
@@ -146,7 +146,7 @@ def distill_loss(
     if ties not in TIES:
         raise unknown_name("ties", ties, TIES)
     margin, min_gap = check_number("margin", margin, least=0), check_number("min_gap", min_gap, least=0)
-    ranks, everyone, target = _of_all_ranks(gather, student, target)
+    ranks, everyone, target = of_all_ranks(gather, student, target)
     total, *terms, _ = autograd.distill_loss(
         student,
         everyone,
@@ -171,11 +171,3 @@ def _checked(student, teacher, dims, teacher_weights) -> tuple[torch.Tensor, tor
     target = unit_target(student, teacher, teacher_weights)
     choose("distill", {"reference": None})
     return student, target, dims
-
-
-def _of_all_ranks(gather, student, target) -> tuple[Ranks, torch.Tensor | None, torch.Tensor]:
-    """Who holds which rows; all ranks' students, None if there is one rank; all ranks' targets."""
-    ranks = ranks_of(gather, student=student, teacher=target)
-    if ranks.world == 1:
-        return ranks, None, target
-    return ranks, gather_constant(ranks, student), gather_constant(ranks, target)

@@ -2,7 +2,7 @@
 
 import torch
 
-from leafkern.ops._core.normalize import at_least_float32, normalize_rows, normalize_rows_backward
+from leafkern.ops._core.normalize import common_dtype, normalize_rows, normalize_rows_backward
 from leafkern.ops._core.registration import register, register_loss
 from leafkern.ops.distill.reference import KINDS, blocked_distill_loss, blocked_similarity_loss
 
@@ -10,7 +10,7 @@ _L2SQ, _L2, _MSE, _COSINE = (KINDS.index(kind) for kind in ("l2sq", "l2", "mse",
 
 
 def _wide(student, teacher):
-    dtype = at_least_float32(torch.promote_types(student.dtype, teacher.dtype))
+    dtype = common_dtype(student, teacher)
     return student.to(dtype), teacher.to(dtype)
 
 
@@ -25,7 +25,7 @@ def _alignment_loss(student, teacher, kind):
 
 
 def _alignment_loss_fake(student, teacher, kind):
-    dtype = at_least_float32(torch.promote_types(student.dtype, teacher.dtype))
+    dtype = common_dtype(student, teacher)
     return student.new_empty((), dtype=dtype)
 
 
@@ -61,7 +61,7 @@ def _loss_and_gradient_fake(losses):
     """Fake of an operation that returns so many losses and the student's gradient; needs come last."""
 
     def fake(student, everyone, target, *rest):
-        dtype = at_least_float32(torch.promote_types(student.dtype, target.dtype))
+        dtype = common_dtype(student, target)
         gradient = student.new_empty(student.shape if rest[-1][0] else (0,), dtype=dtype)
         return (*(student.new_empty((), dtype=dtype) for _ in range(losses)), gradient)
 

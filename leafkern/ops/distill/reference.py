@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from leafkern.ops._core.normalize import at_least_float32, normalize_rows, normalize_rows_backward
+from leafkern.ops._core.normalize import brute_normalize, common_dtype, normalize_rows, normalize_rows_backward
 from leafkern.ops.relative.autograd import relative_scores
 from leafkern.ops.relative.reference import brute_relative
 
@@ -17,7 +17,7 @@ _BLOCK = {"cpu": (256, 16 << 20), "cuda": (2048, 256 << 20)}
 
 def brute_alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> torch.Tensor:
     """One row at a time, as the formulas say."""
-    dtype = at_least_float32(torch.promote_types(student.dtype, teacher.dtype))
+    dtype = common_dtype(student, teacher)
     teacher = teacher.detach()
     total = student.new_zeros((), dtype=dtype) + (student * 0).sum().to(dtype)
     for s, t in zip(student.to(dtype), teacher.to(dtype), strict=True):
@@ -29,28 +29,28 @@ def brute_alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str
         elif kind == "l2":
             total = total + (square.sqrt() if square > 0 else 0 * square)
         else:
-            total = total + 1 - (_unit(s) * _unit(t)).sum()
+            total = total + 1 - (brute_normalize(s) * brute_normalize(t)).sum()
     return total / max(student.shape[0], 1)
 
 
 def brute_cosine_loss(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """One row at a time. target: unit rows, used as they are."""
-    dtype = at_least_float32(torch.promote_types(student.dtype, target.dtype))
+    dtype = common_dtype(student, target)
     student, target = student.to(dtype), target.detach().to(dtype)
     total = student[:0].sum()
     for s, t in zip(student, target, strict=True):
-        total = total + 1 - (_unit(s) * t).sum()
+        total = total + 1 - (brute_normalize(s) * t).sum()
     return total / max(student.shape[0], 1)
 
 
 def brute_similarity_loss(student: torch.Tensor, target: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     """One pair of rows at a time. target: unit rows."""
-    dtype = at_least_float32(torch.promote_types(student.dtype, target.dtype))
+    dtype = common_dtype(student, target)
     student, target = student.to(dtype), target.detach().to(dtype)
     rows = student.shape[0]
     total = student[:0].sum()
     for d in dims:
-        units = [_unit(row[:d]) for row in student]
+        units = [brute_normalize(row[:d]) for row in student]
         for i in range(rows):
             for j in range(rows):
                 total = total + ((units[i] * units[j]).sum() - (target[i] * target[j]).sum()).square()
@@ -67,22 +67,16 @@ def brute_distill_loss(
     min_gap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """total, cosine, similarity, relative; a term of weight 0 is 0. target: unit rows."""
-    zero = student[:0].to(at_least_float32(torch.promote_types(student.dtype, target.dtype))).sum()
+    zero = student[:0].to(common_dtype(student, target)).sum()
     cosine = brute_cosine_loss(student, target) if weights[0] else zero
     similarity = brute_similarity_loss(student, target, dims) if weights[1] else zero
     relative = zero
     for d in dims if weights[2] and len(student) else ():
-        units = torch.stack([_unit(row[:d].to(zero.dtype)) for row in student])
+        units = torch.stack([brute_normalize(row[:d].to(zero.dtype)) for row in student])
         scores, teacher_scores = units @ units.T, (target @ target.T).to(zero.dtype)
         relative = relative + brute_relative(scores, teacher_scores, margin, reference_ties, min_gap) / len(dims)
     total = weights[0] * cosine + weights[1] * similarity + weights[2] * relative
     return total, cosine, similarity, relative
-
-
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    """n(x) = x / max(‖x‖, 1e-12), n(0) = 0 with gradient 0."""
-    square = x.square().sum()
-    return x / square.sqrt().clamp(min=1e-12) if square > 0 else 0 * x
 
 
 def blocked_similarity_loss(
@@ -149,7 +143,7 @@ def blocked_distill_loss(
 
 
 def _wide(student, everyone, target):
-    dtype = at_least_float32(torch.promote_types(student.dtype, target.dtype))
+    dtype = common_dtype(student, target)
     student = student.to(dtype)
     return student, student if everyone is None else everyone.to(dtype), target.to(dtype)
 

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from leafkern.ops._core.normalize import at_least_float32
+from leafkern.ops._core.normalize import at_least_float32, brute_normalize
 
 
 def brute_mean_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, normalize: bool) -> torch.Tensor:
@@ -33,11 +33,3 @@ def brute_norm_mean_pool(
         h = h - h.mean(-1, keepdim=True)
     y = h / (h.square().mean(-1, keepdim=True) + eps).sqrt() * weight.to(dtype)
     return brute_mean_pool(y if bias is None else y + bias.to(dtype), cu_seqlens, normalize)
-
-
-def brute_normalize(x: torch.Tensor) -> torch.Tensor:
-    """n(x) = x / max(‖x‖, 1e-12), with n(0) = 0 and gradient 0 there."""
-    square = x.square().sum(-1, keepdim=True)
-    alive = square > 0
-    norm = torch.where(alive, square, 1.0).sqrt().clamp(min=1e-12)
-    return torch.where(alive, x / norm, 0.0)

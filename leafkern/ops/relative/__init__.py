@@ -6,7 +6,7 @@ import torch
 
 from leafkern.errors import unknown_name
 from leafkern.ops._core.checks import check_dims, check_floating, check_number
-from leafkern.ops._core.ranks import gather_constant, loss_of_ranks, ranks_of
+from leafkern.ops._core.ranks import loss_of_ranks, of_all_ranks
 from leafkern.ops._core.registration import needs_gradient
 from leafkern.ops._core.teachers import unit_target
 from leafkern.ops.relative import autograd
@@ -59,12 +59,11 @@ def relative_similarity_loss(
     if ties not in TIES:
         raise unknown_name("ties", ties, TIES)
     target = unit_target(student, teacher, teacher_weights)
-    ranks = ranks_of(gather, student=student, teacher=target)
-    everyone = gather_constant(ranks, student) if ranks.world > 1 else None
+    ranks, everyone, target = of_all_ranks(gather, student, target)
     loss = autograd.relative_similarity_loss(
         student,
         everyone,
-        gather_constant(ranks, target),
+        target,
         ranks.start,
         dims,
         margin,

@@ -3,7 +3,7 @@
 import torch
 
 from leafkern.ops._core.backend import choose
-from leafkern.ops._core.normalize import at_least_float32, normalize_rows, normalize_rows_backward
+from leafkern.ops._core.normalize import common_dtype, normalize_rows, normalize_rows_backward
 from leafkern.ops._core.registration import register_loss
 from leafkern.ops.relative import native
 from leafkern.ops.relative.reference import blocked_relative
@@ -54,10 +54,6 @@ def _blocked_scores(scores, teacher_scores, margin, reference_ties, min_gap):
     return loss.to(scores.dtype), (counts.double() / (pairs * (pairs - 1) / 2)).to(scores.dtype)
 
 
-def _dtype(student, target):
-    return at_least_float32(torch.promote_types(student.dtype, target.dtype))
-
-
 def _upper_products(rows, out):
     """The upper triangle of rows @ rows.T into out (B, B), in bands of rows; what lies well below is left as it is."""
     for start in range(0, rows.shape[0], _BAND):
@@ -65,7 +61,7 @@ def _upper_products(rows, out):
 
 
 def _relative_similarity_loss(student, everyone, target, start, dims, margin, reference_ties, min_gap, needs):
-    dtype = _dtype(student, target)
+    dtype = common_dtype(student, target)
     rows = (student if everyone is None else everyone).to(dtype)
     target = target.to(dtype)
     batch, own = rows.shape[0], slice(start, start + student.shape[0])
@@ -88,7 +84,7 @@ def _relative_similarity_loss(student, everyone, target, start, dims, margin, re
 
 
 def _relative_similarity_loss_fake(student, everyone, target, start, dims, margin, reference_ties, min_gap, needs):
-    dtype = _dtype(student, target)
+    dtype = common_dtype(student, target)
     return student.new_empty((), dtype=dtype), student.new_empty(student.shape if needs[0] else 0, dtype=dtype)
 
 
