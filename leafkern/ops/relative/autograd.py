@@ -75,8 +75,8 @@ def _relative_similarity_loss(student, everyone, target, start, dims, margin, re
         return losses.mean(), rows.new_empty(0)
     total = torch.zeros(student.shape, dtype=dtype, device=student.device)
     for dim, unit, gradient in zip(dims, units, gradients):
-        # A score belongs to both of its rows, but its gradient stands above the diagonal only. Copying the transpose
-        # first is several times faster than adding it as it lies; the scores have served, and fresh memory is dear.
+        # A score belongs to both of its rows, but its gradient stands above the diagonal only. The transpose is
+        # copied before it is added: as it lies, it is walked column by column. The scores have served; their memory does.
         both = scores[0, : student.shape[0]].copy_(gradient[:, own].T).add_(gradient[own])
         of_units = torch.mm(both, unit)
         total[:, :dim] += normalize_rows_backward(of_units, rows[own, :dim])

@@ -1,4 +1,4 @@
-"""Relative similarity scores by the compiled kernels of `leafkern._C`: O(P log P), exact, float and double."""
+"""Relative similarity scores by the compiled kernels of `leafkern._C`: sorts and counts, exact, float and double."""
 
 import torch
 
