@@ -76,7 +76,7 @@ def _relative_similarity_loss(student, everyone, target, start, dims, margin, re
     total = torch.zeros(student.shape, dtype=dtype, device=student.device)
     for dim, unit, gradient in zip(dims, units, gradients):
         # A score belongs to both of its rows, but its gradient stands above the diagonal only. The transpose is
-        # copied before it is added: as it lies, it is walked column by column. The scores have served; their memory does.
+        # copied before it is added: as it lies, it is walked column by column. The memory of the scores serves for it.
         both = scores[0, : student.shape[0]].copy_(gradient[:, own].T).add_(gradient[own])
         of_units = torch.mm(both, unit)
         total[:, :dim] += normalize_rows_backward(of_units, rows[own, :dim])
