@@ -1,6 +1,9 @@
-"""What tests of packed operations share: the bounds of sequences, and how far a result is from the right one."""
+"""What tests of operations share: bounds of sequences, the error of a result, and what happens to memory."""
+
+from contextlib import contextmanager
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def bounds(lengths):
@@ -12,3 +15,30 @@ def relative(found, expected):
     """Frobenius error over the norm of what is right, in float64 on the CPU."""
     found, expected = found.double().cpu(), expected.double().cpu()
     return (found - expected).norm() / expected.norm().clamp(min=1e-9)
+
+
+@contextmanager
+def poisoned_memory():
+    """torch.empty gives NaN (bytes: 0xFF): what is read before it is written, or never written, shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that any torch operation returns: of a view of an argument, what it shows."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, min(x.numel() * x.element_size(), x.untyped_storage().nbytes()))
+        return result

@@ -27,15 +27,18 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def only_triton(monkeypatch):
-    """Falling back is an error; memory that a kernel leaves unwritten shows as NaN."""
-    import torch
+def poisoned():
+    """Uninitialised memory holds NaN."""
+    from compare import poisoned_memory
 
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture
+def only_triton(monkeypatch, poisoned):
+    """Falling back is an error; memory that a kernel leaves unwritten shows as NaN."""
     monkeypatch.setenv("LEAFKERN_BACKEND", "triton")
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

@@ -472,15 +472,6 @@ def test_gradient_of_a_packed_tensor():
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.fixture
-def poisoned():
-    """torch.empty filled with NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def test_every_entry_is_written(poisoned):
     qkv, cu = make(22, dtype=torch.float32), bounds([3, 0, 1, 17, 1])
     assert torch.empty(3).isnan().all()

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import relative
+from compare import LargestTensor, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
@@ -377,23 +377,10 @@ def test_blocks_do_not_show(monkeypatch):
             torch.testing.assert_close(part, grad)
 
 
-class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation returns."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, torch.Tensor):
-                self.bytes = max(self.bytes, x.numel() * x.element_size())
-        return result
-
-
 def test_memory_is_bounded_by_the_block(monkeypatch):
     monkeypatch.setitem(reference.BLOCK_BYTES, "cpu", 30_000)
     tensors, ids = [x.detach() for x in batch(128, width=8, dtype=torch.float32)], some_ids(128, 3)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         reference.blocked_info_nce(*op_arguments(tensors, ids, 0, {"gamma": 0.5, "fn_margin": 0.1}))
     # All similarities would take 256 KiB, their mask 64 KiB; the columns take 16 KiB.
     assert largest.bytes <= 30_000

@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import relative
+from compare import LargestTensor, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from leafkern.errors import InputError
 from leafkern.ops import contrastive, soft_label_loss
@@ -253,23 +252,10 @@ def test_blocks_do_not_show(monkeypatch, shared):
             torch.testing.assert_close(part, grad)
 
 
-class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation returns."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, torch.Tensor):
-                self.bytes = max(self.bytes, x.numel() * x.element_size())
-        return result
-
-
 def test_memory_is_bounded_by_the_block(monkeypatch):
     monkeypatch.setitem(reference.BLOCK_BYTES, "cpu", 20_000)
     tensors = [x.detach() for x in batch(128, 500, shared=True, width=8, dtype=torch.float32)]
-    with Largest() as largest:
+    with LargestTensor() as largest:
         reference.blocked_soft_label_loss(*op_arguments(tensors, 128))
     # All similarities would take 250 KiB; the candidates take 16 kB.
     assert largest.bytes <= 20_000

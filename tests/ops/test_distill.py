@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from compare import poisoned_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
@@ -329,16 +330,11 @@ def test_shares_of_rows_add_up(weights, dtype, counts):
     assert_near((*sums, torch.cat([share[4] for share in shares])), whole, dtype)
 
 
-def test_uninitialised_memory_is_never_read(monkeypatch):
+def test_uninitialised_memory_is_never_read():
     student, teacher = pair(7, 6)
     expected = value_and_gradient(lambda s: distill_loss(s, teacher, dims=[6, 2]), student)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
+    with poisoned_memory():
         actual = value_and_gradient(lambda s: distill_loss(s, teacher, dims=[6, 2]), student)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert all(torch.equal(x, y) for x, y in zip(actual, expected))
 
 

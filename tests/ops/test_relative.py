@@ -33,17 +33,6 @@ def isa(request):
     module.select_isa(before)
 
 
-@pytest.fixture
-def poisoned():
-    """torch.empty gives NaN or 0xFF: memory that is read before it is written shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-
 def noise(batch, dtype=torch.float64):
     return torch.randn(batch, batch, dtype=dtype) / 10
 

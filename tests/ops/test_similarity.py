@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
+from compare import LargestTensor, poisoned_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from leafkern.errors import InputError
 from leafkern.ops import distill_loss, similarity_loss
@@ -146,19 +146,6 @@ def test_shares_of_rows_add_up(dtype, counts, three_rows_a_block):
     assert_near((loss, grad), exact, dtype)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor that any torch operation returns."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
-        return out
-
-
 def test_no_square_matrix_in_memory():
     student, teacher = pair(3000, 8, 8, torch.float32)
     functions = (
@@ -183,16 +170,11 @@ def test_blocks_are_bounded(rows, expected):
     assert reference._block_rows(torch.empty(rows, 1, device="meta")) == expected
 
 
-def test_uninitialised_memory_is_never_read(monkeypatch):
+def test_uninitialised_memory_is_never_read():
     student, teacher = pair(7, 6, 5)
     expected = value_and_gradient(lambda s: similarity_loss(s, teacher, dims=[6, 2]), student)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
+    with poisoned_memory():
         actual = value_and_gradient(lambda s: similarity_loss(s, teacher, dims=[6, 2]), student)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert all(torch.equal(x, y) for x, y in zip(actual, expected))
 
 
