@@ -77,11 +77,12 @@ def operations(device: str) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-_DEVICES = {"reference": "any", "native": "cpu", "triton": "cuda"}
+_DEVICES = {"reference": "any", "native": "cpu", "triton": "cuda", "sdpa": "cpu"}
 _WHY = {
     "reference": "PyTorch",
     "native": "the compiled kernels are there",
     "triton": "Triton kernels, compiled at first use",
+    "sdpa": "torch's own attention kernel",
 }
 
 

@@ -16,7 +16,7 @@ BACKENDS = ("reference", "native", "triton", "flash", "sdpa")
 
 # The backends that exist today, per operation (folder name), best first.
 OPERATIONS: dict[str, tuple[str, ...]] = {
-    "attention": ("triton", "reference"),
+    "attention": ("triton", "sdpa", "reference"),
     "pooling": ("triton", "reference"),
     "distill": ("reference",),
     "relative": ("native", "reference"),

@@ -4,33 +4,28 @@ The forward operations also return lse, (H, T) in at least float32: the natural 
 the keys that a row sees, from which the backward operations recompute the weights. It is not differentiable.
 """
 
+import importlib
+
 import torch
 
-from leafkern.ops._core import launch
-from leafkern.ops._core.backend import choose
 from leafkern.ops._core.normalize import at_least_float32
 from leafkern.ops._core.registration import register
-from leafkern.ops.attention import reference
+from leafkern.ops.attention import choice, reference
 
-# The widest head that the kernels hold in registers; kernels.py can't be asked without triton.
-WIDEST_HEAD = 128
+# The module of each backend but the reference; kernels.py can't be imported without triton.
+_MODULES = {"triton": "kernels", "sdpa": "sdpa"}
 
 
-def _backend(q: torch.Tensor) -> str:
-    candidates, width = launch.candidates("attention", q.device, q.dtype), q.shape[2]
-    if "triton" in candidates and (width % 8 or width > WIDEST_HEAD):
-        reason = f"D = {width}; its kernels take multiples of 8 up to {WIDEST_HEAD}"
-        candidates["triton"] = candidates["triton"] or reason
-    return choose("attention", candidates)
+def _module(backend: str):
+    return importlib.import_module(f"leafkern.ops.attention.{_MODULES[backend]}")
 
 
 def _varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale, causal, left, right):
     right = 0 if causal else right
-    if _backend(q) == "triton":
-        from leafkern.ops.attention import kernels
-
-        return kernels.varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale, left, right)
-    return reference.blocked_attention(q, k, v, cu_seqlens, scale, left, right)
+    backend = choice.varlen_attention(q)
+    if backend == "reference":
+        return reference.blocked_attention(q, k, v, cu_seqlens, scale, left, right)
+    return _module(backend).varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale, left, right)
 
 
 def _varlen_attention_fake(q, k, v, cu_seqlens, max_seqlen, scale, causal, left, right):
@@ -69,11 +64,11 @@ varlen_attention = register(
 
 def _varlen_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, causal, left, right):
     right = 0 if causal else right
-    if _backend(q) == "triton":
-        from leafkern.ops.attention import kernels
-
-        return kernels.varlen_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, left, right)
-    return reference.blocked_attention_backward(grad, q, k, v, out, lse, cu_seqlens, scale, left, right)
+    backend = choice.varlen_attention(q)
+    if backend == "reference":
+        return reference.blocked_attention_backward(grad, q, k, v, out, lse, cu_seqlens, scale, left, right)
+    arguments = (grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, left, right)
+    return _module(backend).varlen_attention_backward(*arguments)
 
 
 def _varlen_backward_fake(grad, q, k, v, *_):
@@ -103,10 +98,8 @@ register(
 
 
 def _attention_mean_pool(q, k, v, cu_seqlens, max_seqlen, scale):
-    if _backend(q) == "triton":
-        from leafkern.ops.attention import kernels
-
-        return kernels.attention_mean_pool(q, k, v, cu_seqlens, max_seqlen, scale)
+    if choice.attention_mean_pool(q) == "triton":
+        return _module("triton").attention_mean_pool(q, k, v, cu_seqlens, max_seqlen, scale)
     return reference.blocked_attention_mean_pool(q, k, v, cu_seqlens, scale)
 
 
@@ -141,10 +134,8 @@ attention_mean_pool = register(
 
 
 def _mean_pool_backward(grad, q, k, v, lse, cu_seqlens, max_seqlen, scale):
-    if _backend(q) == "triton":
-        from leafkern.ops.attention import kernels
-
-        return kernels.attention_mean_pool_backward(grad, q, k, v, lse, cu_seqlens, max_seqlen, scale)
+    if choice.attention_mean_pool(q) == "triton":
+        return _module("triton").attention_mean_pool_backward(grad, q, k, v, lse, cu_seqlens, max_seqlen, scale)
     return reference.blocked_attention_mean_pool_backward(grad, q, k, v, lse, cu_seqlens, scale)
 
 

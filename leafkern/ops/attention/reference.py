@@ -69,7 +69,7 @@ def blocked_attention(
     lse = q.new_empty(heads, q.shape[0], dtype=dtype)
     for _, tokens in _sequences(cu_seqlens):
         keys, values = (_by_kv_head(x[tokens], kv_heads, dtype) for x in (k, v))
-        for rows, span, hidden in _row_blocks(tokens, lse, left, right):
+        for rows, span, hidden in row_blocks(tokens, lse, left, right):
             queries = _by_kv_head(q[rows], kv_heads, dtype) * scale
             weights, row_lse = _softmax(_scores(queries, keys[:, span], hidden))
             out[rows] = _by_token(weights @ values[:, span], heads)
@@ -98,7 +98,7 @@ def blocked_attention_backward(
     for _, tokens in _sequences(cu_seqlens):
         keys, values = (_by_kv_head(x[tokens], kv_heads, dtype) for x in (k, v))
         dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-        for rows, span, hidden in _row_blocks(tokens, lse, left, right):
+        for rows, span, hidden in row_blocks(tokens, lse, left, right):
             queries, gradient, result = (_by_kv_head(x[rows], kv_heads, dtype) for x in (q, grad, out))
             queries = queries * scale
             weights = _weights(queries, keys[:, span], hidden, lse[:, rows])
@@ -122,7 +122,7 @@ def blocked_attention_mean_pool(
         length = tokens.stop - tokens.start
         keys, values = (_by_kv_head(x[tokens], kv_heads, dtype) for x in (k, v))
         columns = lse.new_zeros(heads, length)
-        for rows, _, _ in _row_blocks(tokens, lse):
+        for rows, _, _ in row_blocks(tokens, lse):
             queries = _by_kv_head(q[rows], kv_heads, dtype) * scale
             weights, row_lse = _softmax(_scores(queries, keys))
             columns += weights.view(heads, -1, length).sum(1)
@@ -153,7 +153,7 @@ def blocked_attention_mean_pool_backward(
         gradient = grad[number].to(dtype).reshape(kv_heads, -1, grad.shape[2]) / length  # [H_kv, H/H_kv, D]
         u = (gradient @ values.mT).view(heads, 1, length)
         columns, dkeys = lse.new_zeros(heads, length), torch.zeros_like(keys)
-        for rows, _, _ in _row_blocks(tokens, lse):
+        for rows, _, _ in row_blocks(tokens, lse):
             queries = _by_kv_head(q[rows], kv_heads, dtype) * scale
             weights = _weights(queries, keys, None, lse[:, rows]).view(heads, -1, length)
             columns += weights.sum(1)
@@ -173,7 +173,7 @@ def _sequences(cu_seqlens: torch.Tensor) -> list[tuple[int, slice]]:
     return [(number, slice(start, end)) for number, (start, end) in enumerate(pairs) if start < end]
 
 
-def _row_blocks(
+def row_blocks(
     tokens: slice, lse: torch.Tensor, left: int = -1, right: int = -1
 ) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
     """Blocks of query rows of one sequence: rows of the packed batch, keys that any of them sees, and which not.

@@ -1,0 +1,109 @@
+"""varlen_attention by torch's own flash kernels, those that scaled_dot_product_attention uses.
+
+On the CPU the kernel takes sequences of one length. Neighbours of equal length go through it together, so nothing is
+padded and no sequence meets another. Half precision is widened first: the kernel's backward pass would sum in it.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from leafkern.ops._core.launch import unit_columns
+from leafkern.ops._core.normalize import at_least_float32
+from leafkern.ops.attention import reference
+
+_CPU_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def varlen_attention(
+    q, k, v, cu_seqlens, max_seqlen: int, scale: float, left: int, right: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, H, D) in the dtype of q and the log-sum-exp of the rows, (H, T) in at least float32."""
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=at_least_float32(q.dtype))
+    for tokens, length in _runs(cu_seqlens):
+        qkv = [_by_head(x[tokens], length, lse.dtype) for x in (q, k, v)]
+        outs, lses = _by_head(out[tokens], length), _lse_by_head(lse[:, tokens], length)
+        for rows, span, causal, mask in _blocks(length, lse, left, right):
+            part, part_lse = _CPU_FORWARD(
+                _rows(qkv[0], rows), *(_rows(x, span) for x in qkv[1:]), 0.0, causal, attn_mask=mask, scale=scale
+            )
+            _rows(outs, rows).copy_(part)
+            _rows(lses, rows).copy_(part_lse)
+    return out, lse
+
+
+def varlen_attention_backward(
+    grad, q, k, v, out, lse, cu_seqlens, max_seqlen: int, scale: float, left: int, right: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v in their dtypes, contiguous."""
+    found = []
+    for tokens, length in _runs(cu_seqlens):
+        grads, queries, keys, values, outs = (_by_head(x[tokens], length, lse.dtype) for x in (grad, q, k, v, out))
+        lses, sums = _lse_by_head(lse[:, tokens], length), None
+        for rows, span, causal, mask in _blocks(length, lse, left, right):
+            parts = _CPU_BACKWARD(
+                _rows(grads, rows),
+                _rows(queries, rows),
+                _rows(keys, span),
+                _rows(values, span),
+                _rows(outs, rows),
+                _rows(lses, rows),
+                0.0,
+                causal,
+                attn_mask=mask,
+                scale=scale,
+            )
+            if rows is None:
+                sums = parts
+                continue
+            sums = sums or [torch.zeros_like(x) for x in (queries, keys, values)]
+            for total, part, place in zip(sums, parts, (rows, span, span), strict=True):
+                _rows(total, place).add_(part)
+        found.append([x.transpose(1, 2).flatten(0, 1) for x in sums])
+    if not found:
+        return tuple(x.new_empty(x.shape) for x in (q, k, v))
+    several = len(found) > 1
+    whole = ((torch.cat(parts) if several else parts[0]) for parts in zip(*found, strict=True))
+    return tuple(x.to(q.dtype).contiguous() for x in whole)
+
+
+def _runs(cu_seqlens: torch.Tensor) -> Iterator[tuple[slice, int]]:
+    """Tokens and length of each run of neighbouring sequences of one length; empty sequences are in none."""
+    pairs = [(start, end) for start, end in itertools.pairwise(cu_seqlens.tolist()) if start < end]
+    for length, run in itertools.groupby(pairs, lambda pair: pair[1] - pair[0]):
+        (start, end), *others = run
+        yield slice(start, others[-1][1] if others else end), length
+
+
+def _blocks(
+    length: int, lse: torch.Tensor, left: int, right: int
+) -> Iterator[tuple[slice | None, slice | None, bool, torch.Tensor | None]]:
+    """(rows, keys, causal, mask) of each call of the kernel for a sequence; None: all of them.
+
+    Only a window needs more than one, for the kernel knows none: a mask of all rows would grow as the length squared.
+    """
+    left, right = (-1 if side >= length - 1 else side for side in (left, right))
+    if left < 0 and right <= 0:
+        yield None, None, right == 0, None
+        return
+    for rows, span, hidden in reference.row_blocks(slice(0, length), lse, left, right):
+        yield rows, span, False, torch.zeros_like(hidden, dtype=lse.dtype).masked_fill_(hidden, -torch.inf)
+
+
+def _by_head(x: torch.Tensor, length: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """(n · length, H, D) -> (n, H, length, D), a view unless `dtype` or the entries of a row ask for a copy."""
+    x = x if dtype is None else unit_columns(x.to(dtype))
+    return x.view(-1, length, *x.shape[1:]).transpose(1, 2)
+
+
+def _lse_by_head(lse: torch.Tensor, length: int) -> torch.Tensor:
+    """(H, n · length) -> (n, H, length), a view."""
+    return lse.view(len(lse), -1, length).transpose(0, 1)
+
+
+def _rows(x: torch.Tensor, part: slice | None) -> torch.Tensor:
+    """Some of the rows of (n, H, length, ...)."""
+    return x if part is None else x[:, :, part]
