@@ -550,6 +550,14 @@ def test_import_is_lazy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+def test_the_fingerprint_sees_a_fused_optimiser(tiny_copy):
+    encoder = opened(tiny_copy)
+    before, (weight, *_) = encoder.fingerprint, encoder.module.parameters()
+    weight.grad = torch.randn_like(weight)
+    torch.optim.AdamW([weight], fused=True).step()
+    assert encoder.fingerprint != before
+
+
 def test_blocks_made_ahead_come_in_order_and_fail_where_they_fail():
     from leafkern.encode import _ahead
 

@@ -14,7 +14,6 @@ from torch import nn
 
 from leafkern.errors import InputError, unknown_name
 from leafkern.nn.packed import PackedBatch
-from leafkern.nn.state import State
 from leafkern.ops import attention, norm_mean_pool, varlen_attention
 from leafkern.ops.norm import add_norm, bias_gelu, embed_norm
 
@@ -94,8 +93,8 @@ class PackedConfig:
 class PackedEncoder(nn.Module):
     """BERT encoder on packed tokens: PackedBatch -> (T, hidden_size).
 
-    Parameter names equal transformers' `BertModel` without its pooler, so weights load and save one to one.
-    Runs and trains on CPU and CUDA in any float dtype; LayerNorm and softmax accumulate in fp32.
+    The names in state_dict equal those of transformers' `BertModel` without its pooler, so weights load and save one to
+    one. Runs and trains on CPU and CUDA in any float dtype; LayerNorm and softmax accumulate in fp32.
     """
 
     def __init__(self, config: PackedConfig):
@@ -188,28 +187,35 @@ class _Embeddings(nn.Module):
 
 
 class _SelfAttention(nn.Module):
+    """Query, key and value are one linear layer here, and three, as in BertModel, in state_dict."""
+
     def __init__(self, config: PackedConfig):
         super().__init__()
         self.heads = config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self._joined: tuple[State | None, list[torch.Tensor]] = (None, [])
-
-    def joined(self) -> list[torch.Tensor]:
-        """Weight (3·D, D) and bias (3·D,) of query, key and value as one linear layer, kept while they don't change."""
-        linears = (self.query, self.key, self.value)
-        parts = [[linear.weight for linear in linears], [linear.bias for linear in linears]]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return [torch.cat(part) for part in parts]
-        state = State(x for part in parts for x in part)
-        if self._joined[0] != state:
-            self._joined = state, [torch.cat(part) for part in parts]
-        return self._joined[1]
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.register_state_dict_post_hook(_split)
+        self.register_load_state_dict_pre_hook(_join)
 
     def forward(self, x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        q, k, v = F.linear(x, *self.joined()).unflatten(1, (3, self.heads, self.query.out_features // self.heads)).unbind(1)
+        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, x.shape[1] // self.heads)).unbind(1)
         return varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen).flatten(1)
+
+
+_JOINED = ("query", "key", "value")
+
+
+def _split(module: nn.Module, state: dict, prefix: str, metadata: object) -> None:
+    whole = {kind: state.pop(f"{prefix}qkv.{kind}").chunk(len(_JOINED)) for kind in ("weight", "bias")}
+    for place, name in enumerate(_JOINED):
+        state |= {f"{prefix}{name}.{kind}": parts[place] for kind, parts in whole.items()}
+
+
+def _join(module: nn.Module, state: dict, prefix: str, *_: object) -> None:
+    for kind in ("weight", "bias"):
+        names = [f"{prefix}{name}.{kind}" for name in _JOINED]
+        # Where one is missing, loading says so.
+        if all(name in state for name in names):
+            state[f"{prefix}qkv.{kind}"] = torch.cat([state.pop(name) for name in names])
 
 
 class _Residual(nn.Module):

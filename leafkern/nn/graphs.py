@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from leafkern.nn.packed import PackedBatch, pinned
-from leafkern.nn.state import State
 from leafkern.ops._core.launch import next_power_of_2, on_device
 
 # Above, the GPU takes longer than Python, and a bucket's unused part would cost more than launching.
@@ -63,11 +62,14 @@ def capture(call: Callable[[], torch.Tensor], pool=None) -> Callable[[], torch.T
 
 @dataclass
 class _Captured:
-    """A graph, the buffers that it reads, and the state of the weights that it was captured with."""
+    """A graph, the buffers that it reads, and the weights that it reads, whose memory it keeps."""
 
     batch: PackedBatch
     replay: Callable[[], torch.Tensor]
-    weights: State
+    weights: list[torch.Tensor]
+
+    def reads(self, weights: list[torch.Tensor]) -> bool:
+        return [x.data_ptr() for x in self.weights] == [x.data_ptr() for x in weights]
 
 
 class GraphedModel:
@@ -75,7 +77,8 @@ class GraphedModel:
 
     module: a SentenceModel in eval mode on a CUDA device, whose forward pass doesn't wait for the GPU. Batches may be
     on the CPU (they are copied through pinned memory) or on the device. The second batch of a bucket captures its
-    graph; the first one and those above MOST_TOKENS run as they are. Changed weights, and autocast, capture anew.
+    graph; the first one and those above MOST_TOKENS run as they are. Weights may change in place; replaced ones, and
+    another autocast dtype, capture anew.
     Threads may share it, and take turns. The result is the caller's own, without a gradient.
     """
 
@@ -105,9 +108,9 @@ class GraphedModel:
                 self._known.popitem(last=False)
             return self.module(batch.to(device))
         self._known.move_to_end(key)
-        weights = State(self.module.parameters())
+        weights = [x.detach() for x in self.module.parameters()]
         captured = self._known[key]
-        if captured is None or captured.weights != weights:
+        if captured is None or not captured.reads(weights):
             captured = self._known[key] = self._captured(key, batch, device, weights)
         # The caller's stream may not be the one of the last call, whose buffers these are.
         if self._done is not None:
@@ -118,7 +121,7 @@ class GraphedModel:
             self._done = torch.cuda.current_stream().record_event()
         return out
 
-    def _captured(self, key: tuple, batch: PackedBatch, device: torch.device, weights: State) -> _Captured:
+    def _captured(self, key: tuple, batch: PackedBatch, device: torch.device, weights: list) -> _Captured:
         tokens, sequences, longest, narrow = key
         ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         bounds = torch.zeros(sequences + 1, dtype=torch.int32, device=device)

@@ -1,6 +1,9 @@
 """What tests of the packed encoder share: a small one with large weights, batches, and a stand-in for capturing."""
 
+import copy
+
 import numpy as np
+import torch
 from torch import nn
 
 from leafkern.nn import PackedConfig, PackedEncoder, SentenceModel, pack
@@ -35,3 +38,12 @@ def small_model(**options):
 
 def batch_of(lengths):
     return pack([np.random.randint(1, VOCABULARY, length) for length in lengths])
+
+
+def gradients(module):
+    """The gradients of all parameters, under their names in state_dict."""
+    holder = copy.deepcopy(module)
+    with torch.no_grad():
+        for mine, parameter in zip(holder.parameters(), module.parameters(), strict=True):
+            mine.copy_(parameter.grad)
+    return holder.state_dict()

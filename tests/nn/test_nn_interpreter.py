@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from compare import relative
-from encoders import Recorder, batch_of, small_model
+from encoders import Recorder, batch_of, gradients, small_model
 from tolerances import TOLERANCE
 
 pytest.importorskip("triton")
@@ -19,7 +19,7 @@ def vectors_and_gradients(module, batch, grad):
     found = module(batch)
     (found * grad).sum().backward()
     # Gradients of the key's bias are rounding alone: softmax does not change with it.
-    return [found.detach(), *(p.grad for name, p in module.named_parameters() if not name.endswith("key.bias"))]
+    return [found.detach(), *(grad for name, grad in gradients(module).items() if not name.endswith("key.bias"))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
