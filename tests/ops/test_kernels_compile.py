@@ -18,7 +18,7 @@ from leafkern.ops._core import cubin, launch
 
 pytestmark = pytest.mark.compile
 
-MOST_TESTED = 30
+MOST_TESTED = 40
 
 if not launch.interpreting():
     TESTED = [item for item in cubin.shipped() if item.tested]
