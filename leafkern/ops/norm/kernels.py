@@ -318,7 +318,7 @@ TESTED = {
 
 def shipped() -> list[Shipped]:
     """What is launched for the widths of encoders in use, the widest norm, and some odd ones."""
-    found = [_shipped_join(width, second) for width in (384, 100) for second in (True, False)]
+    found = [_shipped_join(*case) for case in ((384, True), (1536, False), (100, True), (100, False))]
     for dtype, widths in WIDTHS.items():
         for width in widths:
             for norm, total in (("layer", False), ("rms", True)):
