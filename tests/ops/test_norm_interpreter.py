@@ -5,6 +5,17 @@ import torch
 from compare import bounds, relative
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from norm_cases import (
+    angles,
+    drawn,
+    exactly,
+    hold_embed,
+    hold_gelu,
+    hold_norm,
+    hold_rotary,
+    norm_arguments,
+    opcheck_all,
+)
 from tolerances import TOLERANCE
 
 pytest.importorskip("triton")
@@ -13,7 +24,7 @@ from leafkern.errors import BackendError
 from leafkern.ops._core import backend
 from leafkern.ops._core.norm import NORMS
 from leafkern.ops.norm import APPROXIMATIONS, add_norm, add_norm_sum, autograd, bias_gelu, embed_norm, rotary
-from leafkern.ops.norm.reference import brute_add_norm, brute_bias_gelu, brute_embed_norm, brute_rotary
+from leafkern.ops.norm.reference import brute_add_norm, brute_bias_gelu, brute_rotary
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("only_triton")]
 
@@ -21,63 +32,6 @@ DTYPES = [torch.float32, torch.float16]
 RAGGED = [[1], [0], [3, 0, 1, 17, 1], [0, 0, 4], [2, 0, 0], [40, 1, 21, 0, 35]]
 # No token; one tile that is not full; several tiles and programs.
 SHAPES = [(0, 3), (1, 2), (5, 24), (70, 100)]
-
-
-def drawn(*shapes, dtype=torch.float32):
-    return [None if shape is None else torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
-
-
-def norm_arguments(shape, dtype=torch.float32, *, residual=True, bias=True):
-    width = shape[-1:]
-    return drawn(shape, shape if residual else None, width, width if bias else None, dtype=dtype)
-
-
-def angles(tokens, width):
-    turned = torch.randn(tokens, width // 2).repeat(1, 2)
-    return turned.cos(), turned.sin()
-
-
-def exactly(arguments):
-    return [None if a is None else a.detach().double().requires_grad_() for a in arguments]
-
-
-def hold(run, definition, arguments, dtype):
-    """Values and gradients against the float64 definition, with random gradients of the results."""
-    exact = exactly(arguments)
-    found, expected = run(*arguments), definition(*exact)
-    if isinstance(found, torch.Tensor):
-        found, expected = [found], [expected]
-    weights = [torch.randn(x.shape, dtype=torch.float64) for x in expected]
-    for mine, right in zip(found, expected, strict=True):
-        assert mine.shape == right.shape
-        assert relative(mine, right) <= TOLERANCE[dtype]
-    for results in (found, expected):
-        sum((x * w).sum() for x, w in zip(results, weights, strict=True)).backward()
-    for mine, right in zip(arguments, exact, strict=True):
-        if mine is not None:
-            assert mine.grad.dtype == mine.dtype
-            assert relative(mine.grad, right.grad) <= 2 * TOLERANCE[dtype]
-
-
-def hold_norm(arguments, kind, dtype, eps=1e-2):
-    hold(lambda *a: add_norm(*a, eps=eps, kind=kind), lambda *a: brute_add_norm(*a, eps, kind)[0], arguments, dtype)
-    for x in arguments:
-        if x is not None:
-            x.grad = None
-    hold(lambda *a: add_norm_sum(*a, eps=eps, kind=kind), lambda *a: brute_add_norm(*a, eps, kind), arguments, dtype)
-
-
-def hold_embed(lengths, width, dtype, *, types=True, bias=True, beyond=0, eps=1e-2):
-    tokens = sum(lengths)
-    ids, cu = torch.randint(11, (tokens + beyond,)), bounds(lengths)
-    kinds = torch.randint(3, (tokens + beyond,)) if types else None
-    tables = drawn((11, width), (45, width), (3, width), (width,), (width,) if bias else None, dtype=dtype)
-    hold(
-        lambda *a: embed_norm(ids, cu, *a, eps=eps, token_type_ids=kinds)[:tokens],
-        lambda *a: brute_embed_norm(ids, cu, *a, eps, kinds),
-        tables,
-        dtype,
-    )
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -91,7 +45,7 @@ def test_add_norm_equals_definition(dtype, shape, kind):
 def test_widths(width):
     for kind in NORMS:
         hold_norm(norm_arguments((9, width)), kind, torch.float32)
-    hold(bias_gelu, lambda *a: brute_bias_gelu(*a, "none"), drawn((9, width), (width,)), torch.float32)
+    hold_gelu(drawn((9, width), (width,)), "none", torch.float32)
     hold_embed([7, 2], width, torch.float32)
 
 
@@ -115,13 +69,10 @@ def test_the_sum_alone_has_a_gradient():
 
 def test_mixed_dtypes():
     x, residual, weight, bias = norm_arguments((21, 24), torch.float16)
-    weight, bias = (y.detach().float().requires_grad_() for y in (weight, bias))
-    assert add_norm(x, residual, weight, bias, eps=1e-5).dtype == torch.float16
-    hold_norm([x, residual, weight, bias], "layer", torch.float16)
-    residual = residual.detach().float().requires_grad_()
-    assert add_norm(x, residual, weight, bias, eps=1e-5).dtype == torch.float32
-    x.grad = None
-    hold_norm([x, residual, weight.detach().requires_grad_(), bias.detach().requires_grad_()], "rms", torch.float16)
+    weight, residual = (y.detach().float().requires_grad_() for y in (weight, residual))
+    for pair in ((x, residual), (x, None)):
+        hold_norm([*pair, weight, bias], "layer", torch.float16)
+    hold_gelu([x, weight], "none", torch.float16)
 
 
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
@@ -129,24 +80,14 @@ def test_mixed_dtypes():
 @pytest.mark.parametrize("shape", [*SHAPES, (40, 600)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bias_gelu_equals_definition(dtype, shape, bias, approximate):
-    hold(
-        lambda *a: bias_gelu(*a, approximate=approximate),
-        lambda *a: brute_bias_gelu(*a, approximate),
-        drawn(shape, shape[-1:] if bias else None, dtype=dtype),
-        dtype,
-    )
+    hold_gelu(drawn(shape, shape[-1:] if bias else None, dtype=dtype), approximate, dtype)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
 def test_the_tails_of_gelu(approximate):
     x = torch.tensor([[-60.0, -12.0, -5.0, 0.0, 5.0, 12.0, 60.0]], requires_grad=True)
-    hold(
-        lambda x: bias_gelu(x, approximate=approximate),
-        lambda x: brute_bias_gelu(x, None, approximate),
-        [x],
-        torch.float32,
-    )
+    hold_gelu([x, None], approximate, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -154,24 +95,16 @@ def test_the_tails_of_gelu(approximate):
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rotary_equals_definition(dtype, tokens, heads, kv, width):
-    cos, sin = angles(tokens, width)
-    hold(
-        lambda q, k: rotary(q, k, cos, sin),
-        lambda q, k: brute_rotary(q, k, cos.double(), sin.double()),
-        drawn((tokens, heads, width), (tokens, kv, width), dtype=dtype),
-        dtype,
-    )
+    hold_rotary(tokens, heads, kv, width, dtype)
 
 
-def test_rotary_reads_slices_of_a_packed_tensor():
-    packed, (cos, sin) = torch.randn(30, 3, 4, 8), angles(30, 16)
-    cos, sin = cos[:, :8], sin[:, :8]
-    q, k, _ = packed.unbind(1)
-    found = rotary(q, k, cos, sin), rotary(*packed.transpose(2, 3).contiguous().transpose(2, 3).unbind(1)[:2], cos, sin)
-    wide = torch.cat((cos[:, :4], cos[:, :4]), 1).double(), torch.cat((sin[:, :4], sin[:, :4]), 1).double()
-    for mine in found:
-        for one, right in zip(mine, brute_rotary(q.double(), k.double(), *wide), strict=True):
-            assert relative(one, right) <= TOLERANCE[torch.float32]
+def test_rotary_reads_views():
+    packed, wide = torch.randn(30, 3, 4, 8), angles(30, 16)
+    cos, sin = (x[:, 4:12] for x in wide)
+    exact = [x[:, :4].repeat(1, 2).double() for x in (cos, sin)]
+    for q, k in (packed.unbind(1)[:2], packed.mT.contiguous().mT.unbind(1)[1:]):
+        for mine, right in zip(rotary(q, k, cos, sin), brute_rotary(q.double(), k.double(), *exact), strict=True):
+            assert relative(mine, right) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(("types", "bias", "beyond"), [(True, True, 0), (False, True, 3), (True, False, 20)])
@@ -234,8 +167,7 @@ def test_views_of_wider_tensors(layout):
     assert not x.is_contiguous()
     assert not weight.is_contiguous()
     hold_norm([x, residual, weight, bias], "layer", torch.float32)
-    x.grad = bias.grad = None
-    hold(bias_gelu, lambda *a: brute_bias_gelu(*a, "none"), [x, bias], torch.float32)
+    hold_gelu([x, bias], "none", torch.float32)
 
 
 def test_an_expanded_gradient():
@@ -266,21 +198,7 @@ def test_nan_stays_in_its_row():
 
 
 def test_opcheck():
-    def check(name, *arguments):
-        torch.library.opcheck(getattr(torch.ops.leafkern, name).default, arguments)
-
-    arguments = norm_arguments((7, 6))
-    check("add_norm", *arguments, 1e-5, True)
-    check("add_norm_sum", *arguments, 1e-5, False)
-    x, residual, weight, bias = (y.detach() for y in arguments)
-    check("add_norm_backward", x, residual, x, residual, weight, torch.rand(2, 7), True)
-    check("bias_gelu", arguments[0], arguments[3], True)
-    check("bias_gelu_backward", residual, x, bias, False)
-    check("rotary", *drawn((3, 2, 4), (3, 1, 4)), *angles(3, 4), False)
-    ids, cu, tables = torch.randint(11, (7,)), bounds([3, 0, 4]), drawn((11, 6), (9, 6), (2, 6), (6,), (6,))
-    check("embed_norm", ids, cu, *tables, 1e-5, None)
-    _, statistics, rows = torch.ops.leafkern.embed_norm(ids, cu, *tables, 1e-5, None)
-    check("embed_norm_backward", x, statistics.detach(), rows, cu, *(table.detach() for table in tables[:-1]))
+    opcheck_all()
 
 
 @pytest.mark.parametrize(
