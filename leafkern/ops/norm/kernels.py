@@ -22,6 +22,8 @@ copied; tables, weight and bias are copied unless contiguous. Loads are upcast a
 Addresses are 64-bit; rotary counts tokens times heads in 32 bits.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 
@@ -43,6 +45,12 @@ from leafkern.ops.norm.device import (
 FAN = 256
 NORMS = {True: "layer", False: "rms"}
 JOIN_OPTIONS = ROTARY_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def _norm_config(width: int, backward: bool) -> Config:
+    """The heuristic. Backward, two sums and up to four loads of a tile are in registers: three programs for four."""
+    config = norm_config(width, backward)
+    return replace(config, programs=triton.cdiv(3 * config.programs, 4)) if backward else config
 
 
 def gelu_config(width: int, backward: bool) -> Config:
@@ -107,7 +115,7 @@ def add_norm(x, residual, weight, bias, eps: float, layer: bool, with_sum: bool)
     total = torch.empty_like(out) if with_sum else None
     statistics = _floats(x, 2 if layer else 1, tokens)
     if out.numel():
-        config = norm_config(width, backward=False)
+        config = _norm_config(width, backward=False)
         (x, residual), (weight, bias) = _apart(x, residual), _plain(weight, bias)
         with on_device(x):
             add_norm_kernel[triton.cdiv(tokens, config.rows),](
@@ -135,7 +143,7 @@ def add_norm_backward(grad, grad_sum, x, residual, weight, statistics, layer: bo
     if not dx.numel():
         return dx, _floats(x, width).zero_(), _floats(x, width).zero_()
     dweight, dbias = _floats(x, width), _floats(x, width)
-    config = norm_config(width, backward=True)
+    config = _norm_config(width, backward=True)
     chunk, programs = shares(x, tokens, 1, config)
     partial = _floats(x, programs, 2, width)
     grad, grad_sum, x, residual = _apart(grad, grad_sum, x, residual)
@@ -242,7 +250,7 @@ def embed_norm(input_ids, cu_seqlens, word, position, token_type, weight, bias, 
     statistics = _floats(word, 2, tokens)
     rows = torch.empty(3, tokens, device=word.device, dtype=torch.int32)
     if out.numel():
-        config = norm_config(width, backward=False)
+        config = _norm_config(width, backward=False)
         tensors = input_ids, token_type_ids, cu_seqlens, word, position, token_type, weight, bias
         with on_device(word):
             embed_norm_kernel[triton.cdiv(tokens, config.rows),](
@@ -269,7 +277,7 @@ def embed_norm_backward(grad, statistics, rows, cu_seqlens, word, position, toke
     if not dx.numel():
         return dx, _floats(word, width).zero_(), _floats(word, width).zero_()
     dweight, dbias = _floats(word, width), _floats(word, width)
-    config = norm_config(width, backward=True)
+    config = _norm_config(width, backward=True)
     chunk, programs = shares(word, tokens, 1, config)
     partial = _floats(word, programs, 2, width)
     (grad,) = _apart(grad)
@@ -353,7 +361,7 @@ def _shipped_norm(width: int, dtype: str, norm: str, total: bool, backward: bool
     pointers |= {"residual": None} if total and backward else {} if total else {"total": None, "grad_sum": None}
     strides = "x_stride", "residual_stride", "grad_stride", "sum_stride"
     types = _types(width, pointers, *strides, numbers=("tokens", "chunk")) | {"eps": "fp32"}
-    config = norm_config(width, backward)
+    config = _norm_config(width, backward)
     title = f"add_norm{'_sum' if total else ''}{' backward' if backward else ''} {norm} {dtype} D={width}"
     kernel, constants = add_norm_backward_kernel if backward else add_norm_kernel, _norm_constants(width, norm, config)
     return _shipped(title, kernel, types, constants, config.options, config.programs)
@@ -365,7 +373,7 @@ def _shipped_embed(width: int, dtype: str, backward: bool) -> Shipped:
     pointers |= dict.fromkeys(("statistics", "dx", "partial"), "fp32")
     counts = "tokens", "sequences", "words", "positions", "types", "chunk"
     types = _types(width, pointers, "grad_stride", numbers=counts) | {"eps": "fp32"}
-    config = norm_config(width, backward)
+    config = _norm_config(width, backward)
     constants = _embed_constants(width, config) if backward else _embed_constants(width, config, FAN=FAN)
     kernel = embed_norm_backward_kernel if backward else embed_norm_kernel
     title = f"embed_norm{' backward' if backward else ''} {dtype} D={width}"
