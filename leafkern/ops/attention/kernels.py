@@ -57,13 +57,15 @@ SMALLEST_SCALE = 2.0**-126
 @dataclass(frozen=True)
 class Config:
     """How one kernel is cut: `rows` is the block that a program owns, `columns` the one it loops over (queries and keys
-    in attend_kernel and dq_kernel, keys and queries in dkv_kernel and column_kernel), `heads` how many it does."""
+    in attend_kernel and dq_kernel, keys and queries in dkv_kernel and column_kernel), `heads` how many it does; one of
+    every `share` exponentials is a polynomial, with 0 none (exponential.py)."""
 
     rows: int
     columns: int
     warps: int
     stages: int
     heads: int = 1
+    share: int = 0
 
     @property
     def options(self) -> dict:
@@ -173,7 +175,7 @@ class _Batch:
 
 def _constants(width: int, group: int, config: Config, **more) -> dict:
     dim = max(16, next_power_of_2(width))
-    blocks = {"ROWS": config.rows, "COLUMNS": config.columns, "HEADS": config.heads}
+    blocks = {"ROWS": config.rows, "COLUMNS": config.columns, "HEADS": config.heads, "SHARE": config.share}
     return {"GROUP": group, "WIDTH": width, "DIM": dim, "FAN": FAN} | blocks | more
 
 
