@@ -36,3 +36,12 @@ def test_polynomials_move_nothing_between_threads(kernel, tmp_path):
     assert mixed["FFMA"] > plain["FFMA"]
     for moves in ("SHFL", "LDS", "LDSM", "STS", "STSM", "PRMT", "BAR"):
         assert mixed[moves] == plain[moves], moves
+
+
+def test_what_autotuning_may_choose_compiles():
+    items = kernels.tunable()
+    # The largest block with polynomials: rows and warps of the heuristic doubled.
+    (item,) = (i for i in items if i.name.startswith("attend bf16 D=32 mixed rows=128") and i.constants["SHARE"] == 4)
+    found = cubin.compile_shipped(item, 90)
+    assert not found.problems
+    assert found.wgmma

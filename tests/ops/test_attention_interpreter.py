@@ -344,6 +344,27 @@ def test_partly_polynomial_exponentials(monkeypatch, share):
     hold_attention(make(66), bounds(RAGGED[0]), window=(3, 5))
 
 
+def test_autotuning_chooses_for_each_kernel(monkeypatch):
+    from leafkern.ops.attention import kernels, tuning
+
+    # The last of two that are run wins; every call after the first finds it.
+    chosen = [kernels.Config(rows, 16, warps=1, stages=1) for rows in (16, 32)]
+    times = iter(range(1000, 0, -1))
+    monkeypatch.setattr(tuning, "_found", {})
+    monkeypatch.setattr(tuning, "requested", lambda device: True)
+    monkeypatch.setattr(tuning, "milliseconds", lambda run: (run(), next(times))[1])
+    monkeypatch.setattr(kernels, "candidates", lambda *_: chosen)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    hold_both(make(66), bounds(RAGGED[0]))
+    forms = {key[:2] for key in tuning._found}
+    plain = {(name, False) for name in kernels.KERNELS}
+    assert forms == plain | {(name, True) for name in ("attend", "dq", "dkv")}
+    assert set(tuning._found.values()) == {chosen[1]}
+    monkeypatch.setattr(tuning, "milliseconds", None)
+    hold_both(make(66), bounds(RAGGED[0]))
+
+
 @triton.jit
 def polynomial_kernel(x, out, SIZE: tl.constexpr):
     places = tl.program_id(0) * SIZE + tl.arange(0, SIZE)

@@ -46,7 +46,9 @@ def varlen_attention(
     - Triton (CUDA; fp32, fp16, bf16; D a multiple of 8 up to 128) reads views in place, or copies them where the
       entries of a row are not adjacent or another stride is no multiple of 8, and never waits for the host. Its blocks,
       which follow from D, dtype, max_seqlen and the mean length, show within rounding; float32 is multiplied as
-      float32, or as tf32 where torch.backends.cuda.matmul allows it.
+      float32, or as tf32 where torch.backends.cuda.matmul allows it. With LEAFKERN_AUTOTUNE=1 the first call of each
+      class of shapes times several blocks, which waits for the host, and the fastest serve the process from then on;
+      not while a graph is captured.
     - flash (CUDA; fp16, bf16; D a multiple of 8 up to 192; scale > 0): the package flash-attn, 2.8 or later; and sdpa
       (the same): torch's own packed flash kernel. From D = 96 on they come before Triton: a rule by reasoning, not
       measured yet. Their backward pass is deterministic where torch.use_deterministic_algorithms(True) asks for it;
