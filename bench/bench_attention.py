@@ -11,8 +11,10 @@ captured, so that what is timed are kernels and not Python's launches.
 import functools
 import gc
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leafkern.ops import varlen_attention
 from leafkern.ops.attention import reference
+from leafkern.ops.attention.choice import WIDE_HEAD
 
 from .harness import Case, Contestant, Work
 from .lengths import lengths
@@ -183,14 +186,17 @@ def _call(function, inputs: Inputs, backward: bool, padded: bool):
     return both if backward else forward
 
 
-def _contestant(name, function, sets, backward, dtype, *, padded=False, captured=False, slack=2, **options):
+def _contestant(
+    name, function, sets, backward, dtype, *, padded=False, captured=False, slack=2, settings=None, **options
+):
     calls: dict = {}
 
     def run(i):
         # Captured at the first call, which is the one that is checked and not timed.
         if i not in calls:
             call = _call(function, sets[i], backward, padded)
-            calls[i] = as_cuda_graph(call) if captured else call
+            with mock.patch.dict(os.environ, settings or {}):
+                calls[i] = as_cuda_graph(call) if captured else call
         return calls[i]()
 
     def check(output, i):
@@ -253,6 +259,12 @@ def _case(model: str, mix: str, batch: int, part: str, device: str, dtype: str, 
     sets = [first, *(Inputs(model, mix, batch, device, dtype, seed) for seed in range(1, count))]
     contestant = functools.partial(_adapted, sets=sets, backward=backward, dtype=dtype, captured=cuda)
     contestants = [contestant("leafkern", _ours, ours=True, slack=1)]
+    if cuda:
+        # Left alone, wide heads go to flash-attn or torch's kernel. The settings hold while the graph is captured.
+        triton = {"LEAFKERN_BACKEND": "attention=triton"}
+        for ours, settings in (("Triton", triton), ("autotuned", triton | {"LEAFKERN_AUTOTUNE": "1"})):
+            if ours != "Triton" or first.width >= WIDE_HEAD:
+                contestants.append(contestant(f"leafkern, {ours}", _ours, ours=True, slack=1, settings=settings))
     if peers:
         contestants += _peers(first, batch, cuda, contestant)
     shape = {"B": batch, "H": first.heads, "H_kv": first.kv_heads, "D": first.width, "mix": mix, "dtype": dtype}

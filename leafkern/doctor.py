@@ -78,11 +78,12 @@ def operations(device: str) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-_DEVICES = {"reference": "any", "native": "cpu", "triton": "cuda", "sdpa": "cpu"}
+_DEVICES = {"reference": "any", "native": "cpu", "triton": "cuda", "flash": "cuda", "sdpa": "any"}
 _WHY = {
     "reference": "PyTorch",
     "native": "the compiled kernels are there",
     "triton": "Triton kernels, compiled at first use",
+    "flash": "the package flash-attn",
     "sdpa": "torch's own attention kernel",
 }
 
@@ -90,10 +91,12 @@ _WHY = {
 def _missing(backend: str, device: str) -> str | None:
     """Why `backend` can't serve on `device`; None when it can."""
     from leafkern.ops._core import launch, native
+    from leafkern.ops.attention import flash, sdpa
 
-    if backend == "native":
-        return native.unavailable()
-    return launch.missing() if backend == "triton" else None
+    reasons = {"native": native.unavailable, "triton": launch.missing, "flash": flash.missing}
+    if device == "cuda":
+        reasons["sdpa"] = sdpa.missing
+    return reasons[backend]() if backend in reasons else None
 
 
 def functions(operation: str) -> list[str]:
@@ -108,6 +111,7 @@ def functions(operation: str) -> list[str]:
 OPTIONAL = (
     ("pydantic", "train", "leafkern train"),
     ("sentence-transformers", "bench", "leafkern's losses in its trainer; peer in leafkern bench encoder"),
+    ("flash-attn", "flash", "attention with heads of 96 and wider on CUDA"),
     ("pytest-benchmark", "bench", "leafkern bench"),
     ("faiss-cpu", "bench", "peer in leafkern bench search"),
 )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tolerances import TF32, TOLERANCE
 
 from leafkern.ops import attention_mean_pool, varlen_attention
-from leafkern.ops.attention import reference
+from leafkern.ops.attention import flash, reference, sdpa
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("only_triton")]
 
@@ -100,6 +100,18 @@ def test_batches_that_fill_the_gpu(lengths, width, dtype):
     hold_attention(LENGTHS[lengths], HEADS[width], width, dtype)
     hold_attention(LENGTHS[lengths], HEADS[width], width, dtype, causal=True)
     hold_pool(LENGTHS[lengths], HEADS[width], width, dtype)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (20, 5)])
+@pytest.mark.parametrize("lengths", ["one", "ragged", "long"])
+@pytest.mark.parametrize("width", [32, 96, 128, 192])
+@pytest.mark.parametrize("backend", [flash, sdpa], ids=["flash", "sdpa"])
+def test_kernels_of_others(monkeypatch, backend, width, lengths, window):
+    if backend.missing():
+        pytest.skip(backend.missing())
+    monkeypatch.setenv("LEAFKERN_BACKEND", f"attention={backend.__name__.rpartition('.')[2]}")
+    for dtype in (torch.float16, torch.bfloat16):
+        hold_attention(LENGTHS[lengths], (4, 2), width, dtype, window=window)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -7,9 +7,13 @@ from tolerances import TOLERANCE
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from leafkern.errors import BackendError
 from leafkern.ops import attention_mean_pool, varlen_attention
 from leafkern.ops._core import backend, launch
+from leafkern.ops.attention.exponential import exp2, polynomial_exp2
 from leafkern.ops.attention.reference import brute_attention, brute_attention_mean_pool
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("only_triton")]
@@ -328,3 +332,86 @@ def test_what_the_kernels_cannot_serve(monkeypatch, dtype, width, reason):
     backend._warn_once.cache_clear()
     with pytest.warns(backend.FallbackWarning, match=reason):
         hold_both(qkv, cu)
+
+
+@pytest.mark.parametrize("share", [2, 4])
+def test_partly_polynomial_exponentials(monkeypatch, share):
+    from leafkern.ops.attention import kernels
+
+    config = kernels.Config(32, 16, warps=1, stages=1, share=share)
+    monkeypatch.setattr(kernels, "configure", lambda *_: config)
+    hold_both(make(66), bounds(RAGGED[0]))
+    hold_attention(make(66), bounds(RAGGED[0]), window=(3, 5))
+
+
+def test_autotuning_chooses_for_each_kernel(monkeypatch):
+    from leafkern.ops.attention import kernels, tuning
+
+    # The last of two that are run wins; every call after the first finds it.
+    chosen = [kernels.Config(rows, 16, warps=1, stages=1) for rows in (16, 32)]
+    times = iter(range(1000, 0, -1))
+    monkeypatch.setattr(tuning, "_found", {})
+    monkeypatch.setattr(tuning, "requested", lambda device: True)
+    monkeypatch.setattr(tuning, "milliseconds", lambda run: (run(), next(times))[1])
+    monkeypatch.setattr(kernels, "candidates", lambda *_: chosen)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    hold_both(make(66), bounds(RAGGED[0]))
+    forms = {key[:2] for key in tuning._found}
+    plain = {(name, False) for name in kernels.KERNELS}
+    assert forms == plain | {(name, True) for name in ("attend", "dq", "dkv")}
+    assert set(tuning._found.values()) == {chosen[1]}
+    monkeypatch.setattr(tuning, "milliseconds", None)
+    hold_both(make(66), bounds(RAGGED[0]))
+
+
+@triton.jit
+def polynomial_kernel(x, out, SIZE: tl.constexpr):
+    places = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(out + places, polynomial_exp2(tl.load(x + places)))
+
+
+@triton.jit
+def mixed_kernel(x, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARE: tl.constexpr):
+    places = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(out + places, exp2(tl.load(x + places), SHARE))
+
+
+def polynomial(x):
+    out = torch.empty_like(x)
+    polynomial_kernel[len(x) // 1024,](x, out, 1024)
+    return out
+
+
+def test_polynomial_exponential():
+    x = torch.cat([-126 * torch.rand(200_000), 127 * torch.rand(2048), torch.randn(2752) / 8])
+    right = torch.exp2(x.double())
+    assert ((polynomial(x).double() - right) / right).abs().max() <= 3e-6
+    # Whole numbers are exact, above all 0, the score of a row's largest.
+    whole = torch.arange(-127, 129).float().clamp(-126, 127).repeat(4)
+    assert torch.equal(polynomial(whole), torch.exp2(whole))
+
+
+def test_polynomial_exponential_where_results_vanish():
+    below = torch.cat(
+        [-126 - torch.rand(1016) * 30, torch.tensor([-127, -150, -1e4, -3e38, -1e9, -126.5, -5e6, -1e20])]
+    )
+    found = polynomial(below).double()
+    assert (found - torch.exp2(below.double())).abs().max() <= 2.0**-126
+    assert (found >= 0).all()
+    assert (found[below <= -127] == 0).all()
+    assert (polynomial(torch.full((1024,), -torch.inf)) == 0).all()
+    assert polynomial(torch.full((1024,), torch.nan)).isnan().all()
+
+
+@pytest.mark.parametrize("share", [0, 2, 4])
+def test_share_of_polynomial_exponentials(share):
+    x = -20 * torch.rand(16, 32)
+    out = torch.empty_like(x)
+    mixed_kernel[1,](x, out, 16, 32, share)
+    right = torch.exp2(x.double())
+    error = ((out.double() - right) / right).abs()
+    assert error.max() <= 3e-6
+    # Those columns whose error is beyond that of a rounded exp2.
+    columns = (error > 3e-7).any(0).nonzero().flatten().tolist()
+    assert columns == {0: [], 2: list(range(1, 32, 2)), 4: [c for c in range(1, 32, 2) if c & 8]}[share]

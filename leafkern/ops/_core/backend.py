@@ -16,7 +16,7 @@ BACKENDS = ("reference", "native", "triton", "flash", "sdpa")
 
 # The backends that exist today, per operation (folder name), best first.
 OPERATIONS: dict[str, tuple[str, ...]] = {
-    "attention": ("triton", "sdpa", "reference"),
+    "attention": ("triton", "flash", "sdpa", "reference"),
     "pooling": ("triton", "reference"),
     "norm": ("triton", "reference"),
     "distill": ("reference",),

@@ -51,6 +51,11 @@ def _unsuited(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | No
             return f"no kernel for {str(dtype).removeprefix('torch.')}"
         if dtype == torch.bfloat16 and interpreting():
             return "bfloat16 arithmetic is wrong in Triton's interpreter"
+    return too_old(device)
+
+
+def too_old(device: torch.device) -> str | None:
+    """Why no kernel for CUDA can run on `device`; None when one can, or it is no GPU."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernels need compute capability 8.0"
     return None

@@ -40,22 +40,29 @@ def varlen_attention(
 
     Returns (T, H, D), contiguous, in the dtype of q; scores, softmax and sums are in at least float32, autocast or not.
     Differentiable once in q, k and v: the backward pass keeps the log-sum-exp of each row, recomputes the weights from
-    it and takes sum_j P_ij dP_ij as dO_i · O_i (Dao et al., arXiv 2205.14135). NaN stays in its sequence, where
-    sdpa may give 0 for a row of q that holds one.
+    it and takes sum_j P_ij dP_ij as dO_i · O_i (Dao et al., arXiv 2205.14135). NaN stays in its sequence.
 
-    q, k and v may be views, such as slices of one packed tensor. Backends: Triton (CUDA; fp32, fp16, bf16; D a multiple
-    of 8 up to 128), which reads views in place, or copies them where the entries of a row are not adjacent or another
-    stride is no multiple of 8, and never waits for the host; sdpa (CPU; any dtype and D), torch's own flash kernel on
-    one run of equally long neighbours at a time, without padding; else the reference, which copies one sequence at a
-    time and reads cu_seqlens on the host: on CUDA it waits for the stream, and can't be captured in a graph. None holds
-    a (T, T) matrix; all are deterministic. On CPU the result for a sequence is the same bit for bit whatever stands
-    beside it in the batch, but not from one backend to the other; in the reference the size of the row blocks, fixed
-    per device, shows within rounding, and so do Triton's blocks, which follow from D, dtype, max_seqlen and the mean
-    length. float32 is multiplied as float32, or in Triton as tf32 where torch.backends.cuda.matmul allows it.
+    q, k and v may be views, such as slices of one packed tensor. Backends:
+    - Triton (CUDA; fp32, fp16, bf16; D a multiple of 8 up to 128) reads views in place, or copies them where the
+      entries of a row are not adjacent or another stride is no multiple of 8, and never waits for the host. Its blocks,
+      which follow from D, dtype, max_seqlen and the mean length, show within rounding; float32 is multiplied as
+      float32, or as tf32 where torch.backends.cuda.matmul allows it. With LEAFKERN_AUTOTUNE=1 the first call of each
+      class of shapes times several blocks, which waits for the host, and the fastest serve the process from then on;
+      not while a graph is captured.
+    - flash (CUDA; fp16, bf16; D a multiple of 8 up to 192; scale > 0): the package flash-attn, 2.8 or later; and sdpa
+      (the same): torch's own packed flash kernel. From D = 96 on they come before Triton: a rule by reasoning, not
+      measured yet. Their backward pass is deterministic where torch.use_deterministic_algorithms(True) asks for it;
+      every other one always is.
+    - sdpa (CPU; any dtype and D): torch's flash kernel on neighbours of equal length together, without padding. A row
+      of q that holds NaN may come out as 0.
+    - The reference copies one sequence at a time and reads cu_seqlens on the host: on CUDA it waits for the stream, and
+      can't be captured in a graph. The size of its row blocks, fixed per device, shows within rounding.
+    None holds a (T, T) matrix. On CPU the result for a sequence is the same bit for bit whatever stands beside it in
+    the batch, though not from one backend to the other.
 
-    Raises InputError for shapes, dtypes or devices that don't fit, a window below -1, a scale that is not finite and,
-    where values are checked (CPU, or LEAFKERN_CHECK=1), for cu_seqlens that fall or don't run from 0 to T and for a
-    sequence longer than max_seqlen.
+    Raises BackendError where LEAFKERN_BACKEND forces a backend that can't serve the call, and InputError for shapes,
+    dtypes or devices that don't fit, a window below -1, a scale that is not finite and, where values are checked (CPU,
+    or LEAFKERN_CHECK=1), for cu_seqlens that fall or don't run from 0 to T and for a sequence longer than max_seqlen.
     """
     scale = _checked_scale(q, k, v, cu_seqlens, max_seqlen, scale)
     left, right = _checked_window(window)
@@ -78,9 +85,10 @@ def attention_mean_pool(
     For a sequence of L tokens: pooled_h = sum_j c_jh v_j, c_jh = (1 / L) sum_i P_ij, the mean of column j of head h's
     weights. Each token sees its whole sequence. An empty sequence pools to 0.
 
-    Arguments, errors, precision and host synchronisation are those of varlen_attention, backends Triton and the
-    reference; the result is in at least float32, as mean_pool returns it. Differentiable once in q, k and v: with g the
-    incoming gradient of a sequence and head, dv_j = c_j g and dP_ij = v_j · g / L.
+    Arguments, errors, precision and host synchronisation are those of varlen_attention; the result is in at least
+    float32, as mean_pool returns it. Differentiable once in q, k and v: with g the incoming gradient of a sequence and
+    head, dv_j = c_j g and dP_ij = v_j · g / L. Backends: Triton; reference. Where LEAFKERN_BACKEND forces attention to
+    flash or sdpa, it raises BackendError.
     """
     scale = _checked_scale(q, k, v, cu_seqlens, max_seqlen, scale)
     return autograd.attention_mean_pool(q, k, v, cu_seqlens, max_seqlen, scale)[0]

@@ -13,7 +13,7 @@ from leafkern.ops._core.registration import register
 from leafkern.ops.attention import choice, reference
 
 # The module of each backend but the reference; kernels.py can't be imported without triton.
-_MODULES = {"triton": "kernels", "sdpa": "sdpa"}
+_MODULES = {"triton": "kernels", "flash": "flash", "sdpa": "sdpa"}
 
 
 def _module(backend: str):
@@ -22,7 +22,7 @@ def _module(backend: str):
 
 def _varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale, causal, left, right):
     right = 0 if causal else right
-    backend = choice.varlen_attention(q)
+    backend = choice.varlen_attention(q, scale)
     if backend == "reference":
         return reference.blocked_attention(q, k, v, cu_seqlens, scale, left, right)
     return _module(backend).varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale, left, right)
@@ -64,7 +64,7 @@ varlen_attention = register(
 
 def _varlen_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, causal, left, right):
     right = 0 if causal else right
-    backend = choice.varlen_attention(q)
+    backend = choice.varlen_attention(q, scale)
     if backend == "reference":
         return reference.blocked_attention_backward(grad, q, k, v, out, lse, cu_seqlens, scale, left, right)
     arguments = (grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, left, right)

@@ -9,6 +9,8 @@ import math
 import triton
 import triton.language as tl
 
+from leafkern.ops.attention.exponential import exp2
+
 # Strides reach the kernels in units of this many entries, from which the compiler knows that a row is aligned.
 UNIT = 8
 _UNIT = tl.constexpr(UNIT)
@@ -114,7 +116,7 @@ def _keys_seen(
 def _attend_block(
     b_q, top, total, b_out, k, k_token, v, v_token, rows, key, length, left, right, log2_scale, columns,
     WIDTH: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    EDGE: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     # One step of the running softmax. EDGE: some scores may be hidden. ONE: it is the only step.
     keys = key + tl.arange(0, COLUMNS)
@@ -130,7 +132,7 @@ def _attend_block(
     if LEFT:
         # A row may have seen no key yet; elsewhere the first block has one for each.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores * log2_scale - shift[:, None])
+    weights = exp2(scores * log2_scale - shift[:, None], SHARE)
     new_total = tl.sum(weights, 1)
     if not ONE:
         fade = tl.exp2(top - shift)
@@ -148,7 +150,7 @@ def attend_kernel(
     heads, left, right, log2_scale,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HEADS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ONE: tl.constexpr, NEGATE: tl.constexpr,
-    SEARCH: tl.constexpr, PRECISION: tl.constexpr, FAN: tl.constexpr,
+    SEARCH: tl.constexpr, PRECISION: tl.constexpr, FAN: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     # Without v and out: the log-sum-exp alone.
     place, first, last = _program(heads, HEADS)
@@ -178,18 +180,18 @@ def attend_kernel(
             for key in range(low, whole, COLUMNS):
                 top, total, b_out = _attend_block(
                     b_q, top, total, b_out, o_k, k_token, o_v, v_token, rows, key, length, left, right,
-                    log2_scale, columns, WIDTH, DIM, COLUMNS, LEFT, RIGHT, False, False, PRECISION,
+                    log2_scale, columns, WIDTH, DIM, COLUMNS, LEFT, RIGHT, False, False, PRECISION, SHARE,
                 )  # fmt: skip
         if ONE:
             top, total, b_out = _attend_block(
                 b_q, top, total, b_out, o_k, k_token, o_v, v_token, rows, row * 0, length, left, right,
-                log2_scale, columns, WIDTH, DIM, COLUMNS, LEFT, RIGHT, True, True, PRECISION,
+                log2_scale, columns, WIDTH, DIM, COLUMNS, LEFT, RIGHT, True, True, PRECISION, SHARE,
             )  # fmt: skip
         else:
             for key in range(whole, high, COLUMNS):
                 top, total, b_out = _attend_block(
                     b_q, top, total, b_out, o_k, k_token, o_v, v_token, rows, key, length, left, right,
-                    log2_scale, columns, WIDTH, DIM, COLUMNS, LEFT, RIGHT, True, False, PRECISION,
+                    log2_scale, columns, WIDTH, DIM, COLUMNS, LEFT, RIGHT, True, False, PRECISION, SHARE,
                 )  # fmt: skip
         # Rows past the end, which may see nothing, are not stored.
         total = tl.where(rows < length, total, 1.0)
@@ -204,7 +206,7 @@ def _dq_block(
     b_q, b_grad, b_lse, delta, norm, b_dq, k, k_token, v, v_token, rows, key, length, left, right, log2_scale,
     columns,
     WIDTH: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    EDGE: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     # PART "rows": b_grad holds rows of the gradient, adds to b_dq. "delta": it is the one row g / L, adds to delta and
     # norm. "pooled": the same row, adds to b_dq.
@@ -212,7 +214,7 @@ def _dq_block(
     b_k = _load(k, k_token, keys, length, columns, WIDTH, DIM, EDGE)
     b_v = _load(v, v_token, keys, length, columns, WIDTH, DIM, EDGE)
     scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [ROWS, COLUMNS]
-    weights = tl.exp2(scores * log2_scale - b_lse[:, None])
+    weights = exp2(scores * log2_scale - b_lse[:, None], SHARE)
     if EDGE:
         seen = _seen(rows[:, None], keys[None, :], length, left, right, LEFT, RIGHT)
         weights = tl.where(seen, weights, 0.0)
@@ -235,7 +237,7 @@ def dq_kernel(
     v_token, v_head, tokens, sequences, blocks, heads, left, right, scale, log2_scale,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HEADS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, NEGATE: tl.constexpr, SEARCH: tl.constexpr,
-    PRECISION: tl.constexpr, FAN: tl.constexpr,
+    PRECISION: tl.constexpr, FAN: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     # Without out: the backward pass of the pooled form, where grad has one row per sequence.
     place, first, last = _program(heads, HEADS)
@@ -268,7 +270,7 @@ def dq_kernel(
                 b_delta, norm, b_dq = _dq_block(
                     b_q, b_grad, b_lse, b_delta, norm, b_dq, o_k, k_token, o_v, v_token, rows, key, length,
                     left, right, log2_scale, columns, WIDTH, DIM, COLUMNS, LEFT, RIGHT, True, "delta",
-                    PRECISION,
+                    PRECISION, SHARE,
                 )  # fmt: skip
             # A row's recomputed weights add up to 1 only within the rounding of its lse, large for large scores.
             b_delta /= tl.where(rows < length, norm, 1.0)
@@ -283,12 +285,12 @@ def dq_kernel(
             for key in range(low, whole, COLUMNS):
                 b_delta, norm, b_dq = _dq_block(
                     b_q, b_grad, b_lse, b_delta, norm, b_dq, o_k, k_token, o_v, v_token, rows, key, length,
-                    left, right, log2_scale, columns, WIDTH, DIM, COLUMNS, LEFT, RIGHT, False, PART, PRECISION,
+                    left, right, log2_scale, columns, WIDTH, DIM, COLUMNS, LEFT, RIGHT, False, PART, PRECISION, SHARE,
                 )  # fmt: skip
         for key in range(whole, high, COLUMNS):
             b_delta, norm, b_dq = _dq_block(
                 b_q, b_grad, b_lse, b_delta, norm, b_dq, o_k, k_token, o_v, v_token, rows, key, length, left,
-                right, log2_scale, columns, WIDTH, DIM, COLUMNS, LEFT, RIGHT, True, PART, PRECISION,
+                right, log2_scale, columns, WIDTH, DIM, COLUMNS, LEFT, RIGHT, True, PART, PRECISION, SHARE,
             )  # fmt: skip
         o_dq = dq + (begin * heads + i_head) * WIDTH
         _store(o_dq, heads * WIDTH, rows, length, columns, b_dq * scale, WIDTH)
@@ -309,12 +311,12 @@ def _queries_seeing(row, length, left, right, ROWS: tl.constexpr, LEFT: tl.const
 @triton.jit
 def _column_weights(
     b_k, b_q, lse, o_rows, keys, queries, length, left, right, log2_scale,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     # The weights again, one row per key; 0 for queries past the end, as exp2(-inf) is 0.
     b_lse = tl.load(lse + o_rows, mask=queries < length, other=float("inf")) * _LOG2_E
     scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-    weights = tl.exp2(scores * log2_scale - b_lse[None, :])
+    weights = exp2(scores * log2_scale - b_lse[None, :], SHARE)
     if LEFT or RIGHT:
         seen = _seen(queries[None, :], keys[:, None], length, left, right, LEFT, RIGHT)
         weights = tl.where(seen, weights, 0.0)
@@ -327,7 +329,7 @@ def dkv_kernel(
     v_token, v_head, tokens, sequences, blocks, heads, left, right, scale, log2_scale,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HEADS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, NEGATE: tl.constexpr, SEARCH: tl.constexpr,
-    POOLED: tl.constexpr, PRECISION: tl.constexpr, FAN: tl.constexpr,
+    POOLED: tl.constexpr, PRECISION: tl.constexpr, FAN: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     # `heads`: those of k and v. POOLED: grad has one row per sequence.
     place, first, last = _program(heads, HEADS)
@@ -359,8 +361,9 @@ def dkv_kernel(
                     b_q = -b_q
                 o_rows = begin + tokens.to(tl.int64) * i_head + queries
                 weights = _column_weights(
-                    b_k, b_q, lse, o_rows, rows, queries, length, left, right, log2_scale, LEFT, RIGHT, PRECISION
-                )
+                    b_k, b_q, lse, o_rows, rows, queries, length, left, right, log2_scale, LEFT, RIGHT, PRECISION,
+                    SHARE,
+                )  # fmt: skip
                 b_delta = tl.load(delta + o_rows, mask=queries < length, other=0.0)
                 if POOLED:
                     column += tl.sum(weights, 1)
@@ -383,6 +386,7 @@ def column_kernel(
     blocks, heads, log2_scale,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HEADS: tl.constexpr, NEGATE: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr, FAN: tl.constexpr,
+    SHARE: tl.constexpr,
 ):  # fmt: skip
     place, first, last = _program(heads, HEADS)
     _, begin, length, row = _place(cu_seqlens, place, sequences, blocks, ROWS, SEARCH, FAN)
@@ -404,7 +408,7 @@ def column_kernel(
                 b_q = -b_q
             o_rows = begin + tokens.to(tl.int64) * i_head + queries
             weights = _column_weights(
-                b_k, b_q, lse, o_rows, rows, queries, length, 0, 0, log2_scale, False, False, PRECISION
+                b_k, b_q, lse, o_rows, rows, queries, length, 0, 0, log2_scale, False, False, PRECISION, SHARE
             )
             column += tl.sum(weights, 1)
         # Keys past the end have weights too, but no values.

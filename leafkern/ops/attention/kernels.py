@@ -28,16 +28,22 @@ Memory. Entries of a row must be adjacent and other strides multiples of 8 entri
 a packed qkv are read in place. Loads outside a sequence are masked, so that NaN stays where it is. Scores, sums and
 softmax are float32; weights are rounded to the dtype of v before they meet it. float32 products are IEEE unless
 torch.backends.cuda.matmul allows tf32. Addresses are 64-bit.
+
+LEAFKERN_AUTOTUNE=1 replaces the heuristic by what is fastest of `candidates` (tuning.py); only these have polynomials
+in place of a part of the exponentials (exponential.py).
 """
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import triton
 
 from leafkern.ops._core.cubin import Shipped
 from leafkern.ops._core.launch import next_power_of_2, on_device
+from leafkern.ops.attention import tuning
 from leafkern.ops.attention.device import (
     PLAIN,
     UNIT,
@@ -57,13 +63,15 @@ SMALLEST_SCALE = 2.0**-126
 @dataclass(frozen=True)
 class Config:
     """How one kernel is cut: `rows` is the block that a program owns, `columns` the one it loops over (queries and keys
-    in attend_kernel and dq_kernel, keys and queries in dkv_kernel and column_kernel), `heads` how many it does."""
+    in attend_kernel and dq_kernel, keys and queries in dkv_kernel and column_kernel), `heads` how many it does; one of
+    every `share` exponentials is a polynomial, with 0 none (exponential.py)."""
 
     rows: int
     columns: int
     warps: int
     stages: int
     heads: int = 1
+    share: int = 0
 
     @property
     def options(self) -> dict:
@@ -111,6 +119,29 @@ def configure(kernel: str, width: int, half: bool, longest: int, mean: int) -> C
     return Config(rows, columns, warps, config.stages, heads)
 
 
+def candidates(kernel: str, width: int, half: bool, longest: int, mean: int, architecture: int) -> list[Config]:
+    """What autotuning times: the heuristic's choice first, then that with one thing changed or a few. Some spill.
+
+    `architecture`: 90 for sm_90; polynomials instead of exponentials only from there on, for half precision.
+    """
+    first, fits = configure(kernel, width, half, longest, mean), max(16, next_power_of_2(longest))
+    polynomial = {"share": 4 if half and architecture >= 90 else 0}
+    larger = {"rows": first.rows * 2, "warps": first.warps * 2}
+    changes = [
+        {},
+        *({"rows": rows} for rows in (first.rows // 2, first.rows * 2)),
+        *({"columns": columns} for columns in (first.columns // 2, first.columns * 2)),
+        *({"stages": stages} for stages in (1, 2, 3)),
+        {"warps": first.warps * 2},
+        {"heads": 1 if first.heads > 1 else 2},
+        larger,
+        polynomial,
+        larger | polynomial,
+    ]
+    found = dict.fromkeys(replace(first, **change) for change in changes)
+    return [c for c in found if 16 <= c.rows <= fits and 16 <= c.columns <= fits and 1 <= c.warps <= 8]
+
+
 # Launches
 
 
@@ -139,9 +170,27 @@ class _Batch:
     def strides(self) -> dict[str, int]:
         return {name: step for name in "qkv" for name, step in _strides(name, getattr(self, name)).items()}
 
-    def config(self, kernel: str) -> Config:
+    def run(self, kernel: str, launch: Callable[[Config], None], *, pooled: bool = False) -> None:
+        """`launch` with the configuration of a kernel, on the device of the batch; pooled: it lacks a tensor."""
         mean = self.q.shape[0] // max(1, self.cu_seqlens.numel() - 1)
-        return configure(kernel, self.q.shape[2], self.q.dtype != torch.float32, self.longest, mean)
+        shape = kernel, self.q.shape[2], self.q.dtype != torch.float32, self.longest, mean
+        with on_device(self.q):
+            if tuning.requested(self.q.device):
+                major, minor = torch.cuda.get_device_capability(self.q.device)
+                architecture, lengths = 10 * major + minor, [next_power_of_2(max(1, n)) for n in (self.longest, mean)]
+                key = (
+                    kernel,
+                    pooled,
+                    self.q.dtype,
+                    self.q.shape[2],
+                    self.left < 0,
+                    self.right < 0,
+                    architecture,
+                    *lengths,
+                )
+                launch(tuning.fastest(key, lambda: candidates(*shape, architecture), launch))
+            else:
+                launch(configure(*shape))
 
     def places(self, size: int) -> tuple[int, int, bool]:
         """(places, blocks of the longest sequence, whether a program has to search its sequence)."""
@@ -149,9 +198,8 @@ class _Batch:
         searched = self.q.shape[0] // size + sequences
         return min(searched, sequences * blocks), blocks, searched < sequences * blocks
 
-    def arguments(self, kernel: str, heads: int) -> tuple[tuple[int], dict, Config]:
-        """Grid, what all kernels take, and the configuration, for a program per place and some of `heads`."""
-        config = self.config(kernel)
+    def arguments(self, config: Config, heads: int) -> tuple[tuple[int], dict]:
+        """Grid and what all kernels take, for a program per place and some of `heads`."""
         places, blocks, search = self.places(config.rows)
         given = {"q": self.q, "k": self.k, "v": self.v, "cu_seqlens": self.cu_seqlens} | self.strides
         given |= {"tokens": self.q.shape[0], "sequences": self.cu_seqlens.numel() - 1, "blocks": blocks, "heads": heads}
@@ -164,7 +212,7 @@ class _Batch:
             SEARCH=search,
             PRECISION=precision(self.q.dtype),
         )
-        return (places * triton.cdiv(heads, config.heads),), given | config.options, config
+        return (places * triton.cdiv(heads, config.heads),), given | config.options
 
     @property
     def window(self) -> dict:
@@ -173,7 +221,7 @@ class _Batch:
 
 def _constants(width: int, group: int, config: Config, **more) -> dict:
     dim = max(16, next_power_of_2(width))
-    blocks = {"ROWS": config.rows, "COLUMNS": config.columns, "HEADS": config.heads}
+    blocks = {"ROWS": config.rows, "COLUMNS": config.columns, "HEADS": config.heads, "SHARE": config.share}
     return {"GROUP": group, "WIDTH": width, "DIM": dim, "FAN": FAN} | blocks | more
 
 
@@ -207,12 +255,14 @@ def varlen_attention(
 
 
 def _attend(batch: _Batch, out: torch.Tensor | None, lse: torch.Tensor) -> None:
-    grid, given, config = batch.arguments("attend", batch.q.shape[1])
-    given |= {"out": out, "lse": lse, "ONE": batch.longest <= config.columns} | batch.window
-    if out is None:
-        given["v"] = None
-    with on_device(lse):
+    def launch(config: Config) -> None:
+        grid, given = batch.arguments(config, batch.q.shape[1])
+        given |= {"out": out, "lse": lse, "ONE": batch.longest <= config.columns} | batch.window
+        if out is None:
+            given["v"] = None
         attend_kernel[grid](**given)
+
+    batch.run("attend", launch, pooled=out is None)
 
 
 def varlen_attention_backward(
@@ -230,12 +280,18 @@ def _backward(batch: _Batch, grad, out, lse) -> tuple[torch.Tensor, torch.Tensor
         return dq, dk, dv
     delta = torch.empty_like(lse)
     shared = {"grad": grad, "lse": lse, "delta": delta} | _strides("grad", grad) | batch.window
-    with on_device(dq):
-        grid, given, _ = batch.arguments("dq", dq.shape[1])
+
+    def launch_dq(config: Config) -> None:
+        grid, given = batch.arguments(config, dq.shape[1])
         dq_kernel[grid](**given, **shared, out=out, dq=dq, scale=batch.scale)
-        grid, given, _ = batch.arguments("dkv", dk.shape[1])
+
+    def launch_dkv(config: Config) -> None:
+        grid, given = batch.arguments(config, dk.shape[1])
         # The sign of the scale is in the negated q.
         dkv_kernel[grid](**given, **shared, dk=dk, dv=dv, scale=abs(batch.scale), POOLED=out is None)
+
+    batch.run("dq", launch_dq, pooled=out is None)
+    batch.run("dkv", launch_dkv, pooled=out is None)
     return dq, dk, dv
 
 
@@ -247,15 +303,18 @@ def attention_mean_pool(q, k, v, cu_seqlens, max_seqlen: int, scale: float) -> t
         return pooled.zero_(), lse
     batch = _Batch.of(q, k, v, cu_seqlens, max_seqlen, scale)
     _attend(batch, None, lse)
-    grid, given, config = batch.arguments("column", heads)
-    places, blocks, search = batch.places(config.rows)
-    partial = torch.empty(places, heads, width, device=q.device, dtype=torch.float32)
-    constants = _join_constants(heads * width, config.rows, search)
-    with on_device(lse):
+
+    def launch(config: Config) -> None:
+        grid, given = batch.arguments(config, heads)
+        places, blocks, search = batch.places(config.rows)
+        partial = torch.empty(places, heads, width, device=q.device, dtype=torch.float32)
+        constants = _join_constants(heads * width, config.rows, search)
         column_kernel[grid](**given, lse=lse, partial=partial)
         join_kernel[sequences, triton.cdiv(heads * width, constants["COLUMNS"])](
             partial, batch.cu_seqlens, pooled, blocks, heads * width, **constants, **JOIN_OPTIONS
         )
+
+    batch.run("column", launch)
     return pooled, lse
 
 
@@ -304,9 +363,21 @@ def shipped() -> list[Shipped]:
     return found + [_shipped(kernel, "bf16", width, "mixed") for width in (24, 96) for kernel in KERNELS]
 
 
-def _shipped(kernel: str, dtype: str, width: int, lengths: str, further: str = "") -> Shipped:
+def tunable(architecture: int = 90) -> list[Shipped]:
+    """What autotuning may choose in place of what is shipped, plain forms; `cubin.compile_shipped` takes each."""
+    found = []
+    for kernel, dtype, width, lengths in itertools.product(KERNELS, ("bf16", "fp32"), (32, 64, 128), LENGTHS):
+        _, *others = candidates(kernel, width, dtype != "fp32", *LENGTHS[lengths], architecture)
+        found += [_shipped(kernel, dtype, width, lengths, config=config) for config in others]
+    return found
+
+
+def _shipped(
+    kernel: str, dtype: str, width: int, lengths: str, further: str = "", config: Config | None = None
+) -> Shipped:
     (longest, mean), pooled, jit = LENGTHS[lengths], further == "pooled", KERNELS[kernel]
-    config = configure(kernel, width, dtype != "fp32", longest, mean)
+    cut = "" if config is None else " ".join(f"{name}={value}" for name, value in asdict(config).items())
+    config = config or configure(kernel, width, dtype != "fp32", longest, mean)
     types = dict.fromkeys(("q", "k", "v", "out", "dq", "dk", "dv"), f"*{dtype}:16")
     types |= {"grad": f"*{'fp32' if pooled else dtype}:16", "cu_seqlens": "*i32:16"}
     types |= dict.fromkeys(("lse", "delta", "partial"), "*fp32:16") | dict.fromkeys(PLAIN, "i32")
@@ -326,12 +397,12 @@ def _shipped(kernel: str, dtype: str, width: int, lengths: str, further: str = "
     ) | dict.fromkeys(absent)
     return Shipped(
         "attention",
-        " ".join(filter(None, (kernel, further, dtype, f"D={width}", lengths))),
+        " ".join(filter(None, (kernel, further, dtype, f"D={width}", lengths, cut))),
         jit,
         {name: kind for name, kind in types.items() if name in jit.arg_names and name not in absent},
         {name: value for name, value in constants.items() if name in jit.arg_names},
         config.options,
-        tested=(kernel, dtype, width, lengths, further) in TESTED,
+        tested=not cut and (kernel, dtype, width, lengths, further) in TESTED,
     )
 
 

@@ -1,7 +1,8 @@
 """varlen_attention by torch's own flash kernels, those that scaled_dot_product_attention uses.
 
-On the CPU the kernel takes sequences of one length. Neighbours of equal length go through it together, so nothing is
-padded and no sequence meets another. Half precision is widened first: the kernel's backward pass would sum in it.
+On CUDA the kernel takes packed sequences as they are. On the CPU it takes sequences of one length: neighbours of equal
+length go through it together, so nothing is padded and no sequence meets another. Half precision is widened first
+there: the kernel's backward pass would sum in it.
 """
 
 import itertools
@@ -13,14 +14,94 @@ from leafkern.ops._core.launch import unit_columns
 from leafkern.ops._core.normalize import at_least_float32
 from leafkern.ops.attention import reference
 
+_CUDA_FORWARD = torch.ops.aten._flash_attention_forward.default
+_CUDA_BACKWARD = torch.ops.aten._flash_attention_backward.default
 _CPU_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def missing() -> str | None:
+    """Why torch has no packed kernel for CUDA; None when it has."""
+    return None if torch.backends.cuda.is_flash_attention_available() else "this build of torch has no flash attention"
 
 
 def varlen_attention(
     q, k, v, cu_seqlens, max_seqlen: int, scale: float, left: int, right: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(T, H, D) in the dtype of q and the log-sum-exp of the rows, (H, T) in at least float32."""
+    by = _by_runs if q.device.type == "cpu" else _packed
+    return by(q, k, v, cu_seqlens, max_seqlen, scale, left, right)
+
+
+def varlen_attention_backward(
+    grad, q, k, v, out, lse, cu_seqlens, max_seqlen: int, scale: float, left: int, right: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v in their dtypes, contiguous."""
+    by = _by_runs_backward if q.device.type == "cpu" else _packed_backward
+    return by(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, left, right)
+
+
+def packed(
+    cu_seqlens: torch.Tensor, max_seqlen: int, tokens: int, left: int, right: int
+) -> tuple[torch.Tensor, int, bool, dict[str, int]]:
+    """(bounds, longest, causal, window) as flash kernels of CUDA take them; causal: the window is only that."""
+    # With a longest of 1 and grouped queries they expect exactly one token per sequence; one may be empty.
+    longest = max(2, min(max_seqlen, tokens))
+    left, right = (-1 if side >= longest - 1 else side for side in (left, right))
+    window = {"window_size_left": left, "window_size_right": right}
+    return cu_seqlens.to(torch.int32).contiguous(), longest, left < 0 and right == 0, window
+
+
+def _packed(q, k, v, cu_seqlens, max_seqlen: int, scale: float, left: int, right: int):
+    if q.shape[0] == 0:
+        return q.new_empty(q.shape), q.new_empty(q.shape[1], 0, dtype=torch.float32)
+    q, k, v = (unit_columns(x) for x in (q, k, v))
+    bounds, longest, causal, window = packed(cu_seqlens, max_seqlen, q.shape[0], left, right)
+    out, lse, *_ = _CUDA_FORWARD(
+        q,
+        k,
+        v,
+        cum_seq_q=bounds,
+        cum_seq_k=bounds,
+        max_q=longest,
+        max_k=longest,
+        dropout_p=0.0,
+        is_causal=causal,
+        return_debug_mask=False,
+        scale=scale,
+        **window,
+    )
+    return out.contiguous(), lse
+
+
+def _packed_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen: int, scale: float, left: int, right: int):
+    if q.shape[0] == 0:
+        return tuple(x.new_empty(x.shape) for x in (q, k, v))
+    grad, q, k, v = (unit_columns(x) for x in (grad.to(q.dtype), q, k, v))
+    bounds, longest, causal, window = packed(cu_seqlens, max_seqlen, q.shape[0], left, right)
+    grads = _CUDA_BACKWARD(
+        grad,
+        q,
+        k,
+        v,
+        out.contiguous(),
+        lse.contiguous(),
+        cum_seq_q=bounds,
+        cum_seq_k=bounds,
+        max_q=longest,
+        max_k=longest,
+        dropout_p=0.0,
+        is_causal=causal,
+        # State and offset of a dropout that is not there.
+        rng_state=torch.zeros(2, dtype=torch.uint64, device=q.device),
+        unused=torch.empty(0, device=q.device),
+        scale=scale,
+        **window,
+    )
+    return tuple(x.contiguous() for x in grads)
+
+
+def _by_runs(q, k, v, cu_seqlens, max_seqlen: int, scale: float, left: int, right: int):
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=at_least_float32(q.dtype))
     for tokens, length in _runs(cu_seqlens):
@@ -35,10 +116,7 @@ def varlen_attention(
     return out, lse
 
 
-def varlen_attention_backward(
-    grad, q, k, v, out, lse, cu_seqlens, max_seqlen: int, scale: float, left: int, right: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v in their dtypes, contiguous."""
+def _by_runs_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen: int, scale: float, left: int, right: int):
     found = []
     for tokens, length in _runs(cu_seqlens):
         grads, queries, keys, values, outs = (_by_head(x[tokens], length, lse.dtype) for x in (grad, q, k, v, out))
