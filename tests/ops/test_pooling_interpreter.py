@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 from leafkern.errors import BackendError
 from leafkern.ops import mean_pool, norm_mean_pool
 from leafkern.ops._core import backend, launch
-from leafkern.ops.pooling import NORMS, autograd
+from leafkern.ops._core.norm import NORMS
+from leafkern.ops.pooling import autograd
 from leafkern.ops.pooling.reference import brute_mean_pool, brute_norm_mean_pool
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("only_triton")]
