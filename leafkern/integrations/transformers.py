@@ -1,27 +1,34 @@
-"""leafkern's attention in transformers' models, as `attn_implementation="leafkern"`.
+"""leafkern in transformers' models: its attention by the name "leafkern", and `patch` for one whole model.
 
 Importing this module registers the name; nothing else in transformers changes.
 
     import leafkern.integrations.transformers
     model = AutoModel.from_pretrained(path, attn_implementation="leafkern")
+    with leafkern.patch(model) as patch:
+        print(*patch.replaced, sep="\\n")
 """
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from leafkern.errors import InputError
 from leafkern.nn.packed import _Pad, _Unpad
 from leafkern.ops import varlen_attention
+from leafkern.ops.norm import APPROXIMATIONS, add_norm, bias_gelu
 
 NAME = "leafkern"
 
 _CUSTOM_MASK = "attention_mask: a pattern of the model's own; leafkern serves full, causal and sliding-window attention"
 _PACKED_ROWS = (
-    "position_ids: several sequences in one row; leafkern finds them by cu_seq_lens_q and max_length_q "
-    "(DataCollatorWithFlattening(return_flash_attn_kwargs=True) gives both)"
+    "position_ids: several sequences in one row, or (under torch.compile) not known; leafkern finds them by "
+    "cu_seq_lens_q and max_length_q, which DataCollatorWithFlattening(return_flash_attn_kwargs=True) gives"
 )
 # What a model may ask of its attention that varlen_attention doesn't do.
 _REFUSED = {
@@ -106,7 +113,7 @@ def mask(
 
 
 def attention(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -197,3 +204,186 @@ def _equal_bounds(batch: int, length: int, device: torch.device) -> torch.Tensor
 
 
 register()
+
+
+class Patch:
+    """What was replaced on one model, and the way back: `undo()`, or the end of a `with` block.
+
+    replaced: lines of "module path: what by what". Copies and pickles of the model stay patched; their Patch is
+    `model._leafkern_patch`.
+    """
+
+    def __init__(self, model: nn.Module):
+        if any("_leafkern_patch" in vars(module) for module in model.modules()):
+            raise InputError(f"model: this {type(model).__name__} is patched already; expected undo() before")
+        self.replaced: list[str] = []
+        self._before: list[tuple[object, str, bool, object]] = []
+        self.set(model, "_leafkern_patch", self)
+
+    def keep(self, thing: object, name: str) -> None:
+        """`undo` will bring back this attribute as it is now, or as absent."""
+        self._before.append((thing, name, name in vars(thing), vars(thing).get(name)))
+
+    def set(self, thing: object, name: str, value: object, line: str | None = None) -> None:
+        """Sets an attribute; `line` is what `replaced` says of it."""
+        self.keep(thing, name)
+        setattr(thing, name, value)
+        if line is not None:
+            self.replaced.append(line)
+
+    def undo(self) -> None:
+        """Brings back everything as it was. Twice does no harm."""
+        while self._before:
+            thing, name, present, value = self._before.pop()
+            if present:
+                setattr(thing, name, value)
+            else:
+                delattr(thing, name)
+        self.replaced.clear()
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.undo()
+
+
+def patch(model: PreTrainedModel) -> Patch:
+    """Makes one transformers model run on leafkern's operations; its parameters stay where they are.
+
+    Replaced, on this instance alone: attention, by `attention`; LayerNorm and RMSNorm, by add_norm; GELU, by bias_gelu;
+    of BERT and its relatives the ends of both halves of a layer (dense, dropout, LayerNorm of the sum), by one
+    add_norm, and dense with GELU, by a product without bias and bias_gelu. A module is recognised by its parts and by
+    its result on a few random rows; one whose forward was replaced before, or that has hooks, is left alone. Rotary
+    embeddings and the residual sums of pre-norm layers stay with transformers, whose functions and layers hold them.
+    Not timed yet.
+
+    state_dict, save_pretrained and deepcopy work as before. Training needs an attention dropout of 0; other dropout
+    stays. Raises InputError for another kind of model, one that is patched already, and one whose attention
+    transformers can't exchange.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"model: {type(model).__name__}; expected a transformers PreTrainedModel")
+    done = Patch(model)
+    set_attention(done, model)
+    inside = set()
+    for path, module in model.named_modules():
+        forward = None if module in inside else _replacement(module)
+        if forward is None or _is_touched(module):
+            continue
+        inside.update(module.children())
+        done.set(module, "forward", forward, f"{path}: {type(module).__name__} by {forward.func.__name__.strip('_')}")
+    return done
+
+
+def set_attention(done: Patch, model: PreTrainedModel) -> None:
+    """Switches the attention of `model` and the models inside it to "leafkern"."""
+    models = {id(m.config): (path, m.config) for path, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+    configs = [config for _, config in models.values()]
+    for config in configs:
+        configs += [part for name in config.sub_configs if (part := getattr(config, name)) is not None]
+        done.keep(config, "_attn_implementation_internal")
+    before = [config._attn_implementation for _, config in models.values()]
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        done.undo()
+        raise InputError(
+            f"model: the installed transformers can't exchange the attention of {type(model).__name__}; "
+            "expected a model that takes it from AttentionInterface"
+        )
+    for (path, config), name in zip(models.values(), before, strict=True):
+        if config._attn_implementation == NAME:
+            done.replaced.append(f"{path or 'model'}: attention {name} by {NAME}")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; each module's mode as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _is_touched(module: nn.Module) -> bool:
+    """Whether something else than this module's class, or someone who listens inside, has a part in its forward."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    listened = (getattr(part, name) for part in module.children() for name in hooks)
+    return "forward" in vars(module) or any(listened)
+
+
+def _replacement(module: nn.Module) -> Callable | None:
+    """What may take the place of `module.forward`, if that is known."""
+    parts = {name: type(part) for name, part in module.named_children()}
+    if parts == {"dense": nn.Linear, "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout}:
+        rows = _rows(module.dense.weight, module.dense.in_features, module.dense.out_features)
+        return _proved(module, _dense_add_norm, rows)
+    if list(parts) == ["dense", "intermediate_act_fn"] and parts["dense"] is nn.Linear:
+        approximate = _approximation(module.intermediate_act_fn)
+        if approximate is None:
+            return None
+        rows = _rows(module.dense.weight, module.dense.in_features)
+        return _proved(module, _dense_bias_gelu, rows, approximate=approximate)
+    if type(module) is nn.LayerNorm and module.weight is not None and len(module.normalized_shape) == 1:
+        return functools.partial(_add_norm, module, eps=module.eps, kind="layer")
+    if type(module).__name__.endswith("RMSNorm") and list(dict(module.named_parameters())) == ["weight"]:
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if eps is None or module.weight.ndim != 1:
+            return None
+        return _proved(module, _add_norm, _rows(module.weight, len(module.weight)), eps=eps, kind="rms")
+    approximate = _approximation(module)
+    return None if approximate is None else functools.partial(_bias_gelu, module, approximate=approximate)
+
+
+def _approximation(module: nn.Module) -> str | None:
+    """Which of bias_gelu's forms `module` is."""
+    if "gelu" not in type(module).__name__.lower() or any(True for _ in module.parameters()):
+        return None
+    rows = torch.linspace(-20, 20, 101)[None]
+    found = (a for a in APPROXIMATIONS if _proved(module, _bias_gelu, (rows,), approximate=a))
+    return next(found, None)
+
+
+def _rows(like: torch.Tensor, *widths: int) -> tuple[torch.Tensor, ...]:
+    """Random (1, 3, D) of the dtype and on the device of `like`, for each width; the global generators stay."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, 3, width, generator=generator).to(like) for width in widths)
+
+
+def _proved(module: nn.Module, forward: Callable, rows: tuple[torch.Tensor, ...], **options) -> Callable | None:
+    """`forward` for `module`, if both agree on `rows`."""
+    replacement = functools.partial(forward, module, **options)
+    with evaluating(module):
+        try:
+            expected = module(*rows)
+        except (TypeError, RuntimeError):
+            return None
+        found = replacement(*rows)
+    near = 1e-5 if found.dtype in (torch.float32, torch.float64) else 2e-2
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return None
+    return replacement if torch.allclose(found, expected, rtol=near, atol=near) else None
+
+
+def _add_norm(module: nn.Module, x: torch.Tensor, *, eps: float, kind: str) -> torch.Tensor:
+    # Under autocast x may be narrower than the weight; transformers and torch then return the weight's dtype.
+    x = x.to(torch.promote_types(x.dtype, module.weight.dtype))
+    return add_norm(x, None, module.weight, getattr(module, "bias", None), eps=eps, kind=kind)
+
+
+def _dense_add_norm(module: nn.Module, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
+    norm = module.LayerNorm
+    return add_norm(module.dropout(module.dense(hidden_states)), input_tensor, norm.weight, norm.bias, eps=norm.eps)
+
+
+def _bias_gelu(module: nn.Module, x: torch.Tensor, *, approximate: str) -> torch.Tensor:
+    return bias_gelu(x, None, approximate=approximate)
+
+
+def _dense_bias_gelu(module: nn.Module, hidden_states: torch.Tensor, *, approximate: str) -> torch.Tensor:
+    dense = module.dense
+    return bias_gelu(F.linear(hidden_states, dense.weight), dense.bias, approximate=approximate)
