@@ -268,11 +268,13 @@ def patch(model: PreTrainedModel) -> Patch:
     set_attention(done, model)
     inside = set()
     for path, module in model.named_modules():
-        forward = None if module in inside else _replacement(module)
-        if forward is None or _is_touched(module):
+        if module in inside or _is_touched(module):
             continue
-        inside.update(module.children())
-        done.set(module, "forward", forward, f"{path}: {type(module).__name__} by {forward.func.__name__.strip('_')}")
+        forward = _replacement(module)
+        if forward is not None:
+            line = f"{path}: {type(module).__name__} by {forward.func.__name__.strip('_')}"
+            done.set(module, "forward", forward, line)
+            inside.update(module.children())
     return done
 
 
@@ -370,7 +372,7 @@ def _proved(module: nn.Module, forward: Callable, rows: tuple[torch.Tensor, ...]
 
 
 def _add_norm(module: nn.Module, x: torch.Tensor, *, eps: float, kind: str) -> torch.Tensor:
-    # Under autocast x may be narrower than the weight; transformers and torch then return the weight's dtype.
+    # Under autocast x may be narrower than the weight: an RMSNorm, and on CUDA a LayerNorm, returns the wider dtype.
     x = x.to(torch.promote_types(x.dtype, module.weight.dtype))
     return add_norm(x, None, module.weight, getattr(module, "bias", None), eps=eps, kind=kind)
 
