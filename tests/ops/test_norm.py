@@ -4,77 +4,40 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import bounds, relative
+from norm_cases import (
+    angles,
+    drawn,
+    embed_arguments,
+    exactly,
+    hold_embed,
+    hold_gelu,
+    hold_norm,
+    hold_rotary,
+    norm_arguments,
+    opcheck_all,
+)
 from tolerances import TOLERANCE
 
 from leafkern.errors import BackendError, InputError
 from leafkern.ops._core.norm import NORMS
 from leafkern.ops.norm import APPROXIMATIONS, add_norm, add_norm_sum, bias_gelu, embed_norm, rotary
-from leafkern.ops.norm.reference import brute_add_norm, brute_bias_gelu, brute_embed_norm, brute_rotary
+from leafkern.ops.norm.reference import brute_add_norm, brute_bias_gelu, brute_embed_norm
 
 SHAPES = [(0, 3), (1, 2), (7, 24), (2, 3, 5), (40, 129)]
 RAGGED = [[1], [0], [3, 0, 1, 17, 1], [0, 0, 4], [2, 0, 0]]
-
-
-def drawn(*shapes, dtype=torch.float32):
-    return [None if shape is None else torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
-
-
-def norm_arguments(shape, dtype=torch.float32, *, residual=True, bias=True):
-    width = shape[-1:]
-    return drawn(shape, shape if residual else None, width, width if bias else None, dtype=dtype)
-
-
-def angles(tokens, width, dtype=torch.float32):
-    """cos and sin with equal halves."""
-    turned = torch.randn(tokens, width // 2).repeat(1, 2)
-    return turned.cos().to(dtype), turned.sin().to(dtype)
-
-
-def embed_arguments(lengths, width, dtype=torch.float32, *, beyond=0, types=True, bias=True):
-    """(ids, cu_seqlens, tables and parameters, token types)."""
-    tokens = sum(lengths) + beyond
-    tables = drawn((11, width), (20, width), (3, width), (width,), (width,) if bias else None, dtype=dtype)
-    kinds = torch.randint(3, (tokens,)) if types else None
-    return torch.randint(11, (tokens,)), bounds(lengths), tables, kinds
-
-
-def hold(found, expected, arguments, exact, dtype):
-    """Values and gradients against the float64 definition, with random gradients of the results."""
-    weights = [torch.randn(x.shape, dtype=torch.float64) for x in expected]
-    for mine, right in zip(found, expected, strict=True):
-        assert mine.shape == right.shape
-        assert relative(mine, right) <= TOLERANCE[dtype]
-    for results in (found, expected):
-        sum((x * w).sum() for x, w in zip(results, weights, strict=True)).backward()
-    for mine, right in zip(arguments, exact, strict=True):
-        if mine is not None:
-            assert mine.grad.dtype == mine.dtype
-            assert relative(mine.grad, right.grad) <= 2 * TOLERANCE[dtype]
-
-
-def exactly(arguments):
-    return [None if a is None else a.detach().double().requires_grad_() for a in arguments]
 
 
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_add_norm_equals_definition(dtype, shape, kind):
-    for both in (False, True):
-        arguments = norm_arguments(shape, dtype)
-        exact = exactly(arguments)
-        found = add_norm_sum(*arguments, eps=1e-2, kind=kind) if both else [add_norm(*arguments, eps=1e-2, kind=kind)]
-        assert all(x.dtype == dtype and x.is_contiguous() for x in found)
-        hold(found, brute_add_norm(*exact, 1e-2, kind)[: len(found)], arguments, exact, dtype)
+    hold_norm(norm_arguments(shape, dtype), kind, dtype)
 
 
 @pytest.mark.parametrize(("residual", "bias"), [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("kind", NORMS)
 def test_add_norm_without_residual_or_bias(kind, residual, bias):
-    arguments = norm_arguments((9, 8), residual=residual, bias=bias)
-    exact = exactly(arguments)
-    found = add_norm_sum(*arguments, eps=1e-6, kind=kind)
-    hold(found, brute_add_norm(*exact, 1e-6, kind), arguments, exact, torch.float32)
+    hold_norm(norm_arguments((9, 8), residual=residual, bias=bias), kind, torch.float32, eps=1e-6)
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -100,15 +63,8 @@ def _grad(x):
 def test_mixed_dtypes():
     x, residual, weight, bias = norm_arguments((9, 8), torch.bfloat16)
     weight, residual = (y.detach().float().requires_grad_() for y in (weight, residual))
-    for given, dtype in (((x, residual), torch.float32), ((x, None), torch.bfloat16)):
-        arguments = [*given, weight, bias]
-        for y in arguments:
-            if y is not None:
-                y.grad = None
-        exact = exactly(arguments)
-        found = add_norm(*arguments, eps=1e-5)
-        assert found.dtype == dtype
-        hold([found], brute_add_norm(*exact, 1e-5, "layer")[:1], arguments, exact, torch.bfloat16)
+    for pair in ((x, residual), (x, None)):
+        hold_norm([*pair, weight, bias], "layer", torch.bfloat16)
 
 
 def test_statistics_of_half_precision_are_float32():
@@ -126,11 +82,7 @@ def test_statistics_of_half_precision_are_float32():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_bias_gelu_equals_definition(dtype, shape, bias, approximate):
-    arguments = drawn(shape, shape[-1:] if bias else None, dtype=dtype)
-    exact = exactly(arguments)
-    found = bias_gelu(*arguments, approximate=approximate)
-    assert found.dtype == dtype
-    hold([found], [brute_bias_gelu(*exact, approximate)], arguments, exact, dtype)
+    hold_gelu(drawn(shape, shape[-1:] if bias else None, dtype=dtype), approximate, dtype)
 
 
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
@@ -141,21 +93,13 @@ def test_the_definition_of_gelu_is_torchs(approximate):
 
 def test_bias_gelu_of_mixed_dtypes():
     x, bias = torch.randn(30, 8).bfloat16().requires_grad_(), torch.randn(8, requires_grad=True)
-    exact = exactly([x, bias])
-    found = bias_gelu(x, bias)
-    assert found.dtype == torch.bfloat16
-    hold([found], [brute_bias_gelu(*exact, "none")], [x, bias], exact, torch.bfloat16)
+    hold_gelu([x, bias], "none", torch.bfloat16)
 
 
 @pytest.mark.parametrize(("tokens", "heads", "kv", "width"), [(0, 2, 1, 4), (1, 1, 1, 2), (9, 3, 1, 8), (5, 4, 2, 10)])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_rotary_equals_definition(dtype, tokens, heads, kv, width):
-    cos, sin = angles(tokens, width, torch.float64 if dtype == torch.float64 else torch.float32)
-    arguments = drawn((tokens, heads, width), (tokens, kv, width), dtype=dtype)
-    exact = exactly(arguments)
-    found = rotary(*arguments, cos, sin)
-    assert all(x.dtype == dtype and x.is_contiguous() for x in found)
-    hold(found, brute_rotary(*exact, cos.double(), sin.double()), arguments, exact, dtype)
+    hold_rotary(tokens, heads, kv, width, dtype)
 
 
 def test_rotary_is_that_of_transformers():
@@ -179,13 +123,7 @@ def test_rotary_reads_slices_of_a_packed_tensor():
 @pytest.mark.parametrize("lengths", RAGGED)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_embed_norm_equals_definition(dtype, lengths, beyond, types):
-    ids, cu, tables, kinds = embed_arguments(lengths, 24, dtype, beyond=beyond, types=types)
-    exact = exactly(tables)
-    found = embed_norm(ids, cu, *tables, eps=1e-2, token_type_ids=kinds)
-    assert found.shape == (len(ids), 24)
-    assert found.dtype == dtype
-    expected = brute_embed_norm(ids, cu, *exact, 1e-2, kinds)
-    hold([found[: sum(lengths)]], [expected], tables, exact, dtype)
+    hold_embed(lengths, 24, dtype, beyond=beyond, types=types)
 
 
 def test_embed_norm_ignores_what_lies_beyond():
@@ -326,29 +264,8 @@ def test_wrong_arguments(function, given, change, message):
         function(**(given | change))
 
 
-def check_registered(name, *arguments):
-    torch.library.opcheck(getattr(torch.ops.leafkern, name).default, arguments)
-
-
 def test_opcheck():
-    for layer, residual in ((True, True), (False, False)):
-        arguments = norm_arguments((7, 6), residual=residual, bias=residual)
-        check_registered("add_norm", *arguments, 1e-5, layer)
-        check_registered("add_norm_sum", *arguments, 1e-5, layer)
-        x, other, weight, _ = (None if a is None else a.detach() for a in arguments)
-        statistics = torch.rand(2 if layer else 1, 7)
-        grads = torch.randn(7, 6), torch.randn(7, 6) if residual else None
-        check_registered("add_norm_backward", *grads, x, other, weight, statistics, layer)
-    for bias in (None, torch.randn(6, requires_grad=True)):
-        check_registered("bias_gelu", torch.randn(7, 6, requires_grad=True), bias, True)
-        check_registered("bias_gelu_backward", torch.randn(7, 6), x, None if bias is None else bias.detach(), False)
-    check_registered("rotary", *drawn((3, 2, 4), (3, 1, 4)), *angles(3, 4), False)
-    ids, cu, tables, kinds = embed_arguments([3, 4], 6, beyond=1)
-    for types in (kinds, None):
-        check_registered("embed_norm", ids, cu, *tables, 1e-5, types)
-        plain = [table.detach() for table in tables[:-1]]
-        statistics = torch.rand(2, 8)
-        check_registered("embed_norm_backward", torch.randn(8, 6), statistics, ids, cu, *plain, types)
+    opcheck_all()
 
 
 def test_compiled_equals_eager():

@@ -1,10 +1,11 @@
 """Forward/backward pairs of the operations around attention and their registration with torch.library.
 
 The norms also return their statistics, (2, T) or (1, T) in at least float32 as `norm_forward` says, which the backward
-operations take: not differentiable.
+operations take; embed_norm also the rows that it took of its tables. None of these is differentiable.
 """
 
 import torch
+import torch.nn.functional as F
 
 from leafkern.ops._core import launch
 from leafkern.ops._core.backend import choose
@@ -233,16 +234,18 @@ rotary = register(
 
 
 def _table_rows(input_ids, cu_seqlens, word, position, token_type, token_type_ids):
-    """(3, T) int64: the row of each table that a token takes; any one for tokens beyond the last sequence."""
+    """(3, T) int32: the row of each table that a token takes; any one for tokens beyond the last sequence."""
     token = torch.arange(input_ids.shape[0], device=input_ids.device, dtype=cu_seqlens.dtype)
     begin = cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
     types = torch.zeros_like(token) if token_type_ids is None else token_type_ids
     rows = ((input_ids, word), (token - begin, position), (types, token_type))
-    return torch.stack([row.long().clamp(0, table.shape[0] - 1) for row, table in rows])
+    return torch.stack([row.clamp(0, table.shape[0] - 1).int() for row, table in rows])
 
 
 def _embedded(rows, word, position, token_type):
-    return word[rows[0]] + position[rows[1]] + token_type[rows[2]]
+    dtype = torch.promote_types(torch.promote_types(word.dtype, position.dtype), token_type.dtype)
+    h = F.embedding(rows[0], word).to(dtype)
+    return h.add_(F.embedding(rows[1], position)).add_(F.embedding(rows[2], token_type))
 
 
 def _embed_norm(input_ids, cu_seqlens, word, position, token_type, weight, bias, eps, token_type_ids):
@@ -252,77 +255,71 @@ def _embed_norm(input_ids, cu_seqlens, word, position, token_type, weight, bias,
         return kernels.embed_norm(input_ids, cu_seqlens, word, position, token_type, weight, bias, eps, token_type_ids)
     rows = _table_rows(input_ids, cu_seqlens, word, position, token_type, token_type_ids)
     y, statistics = norm_forward(_embedded(rows, word, position, token_type), weight, bias, eps, True)
-    return y.to(word.dtype), statistics
+    return y.to(word.dtype), statistics, rows
 
 
 def _embed_norm_fake(input_ids, cu_seqlens, word, position, token_type, weight, bias, eps, token_type_ids):
-    dtype = common_dtype(word, position, token_type, weight, bias)
-    tokens = input_ids.shape[0]
-    return word.new_empty(tokens, word.shape[1]), word.new_empty(2, tokens, dtype=dtype)
+    tokens, dtype = input_ids.shape[0], common_dtype(word, position, token_type, weight, bias)
+    rows = torch.empty(3, tokens, device=word.device, dtype=torch.int32)
+    return word.new_empty(tokens, word.shape[1]), word.new_empty(2, tokens, dtype=dtype), rows
 
 
 def _embed_norm_context(ctx, inputs, output):
-    input_ids, cu_seqlens, word, position, token_type, weight, bias, _, token_type_ids = inputs
+    _, cu_seqlens, word, position, token_type, weight, bias, _, token_type_ids = inputs
+    _, statistics, rows = output
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(output[1])
+    ctx.one_type = token_type_ids is None
+    ctx.mark_non_differentiable(statistics, rows)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], input_ids, cu_seqlens, word, position, token_type, weight, token_type_ids)
+    ctx.save_for_backward(statistics, rows, cu_seqlens, word, position, token_type, weight)
 
 
-def _embed_norm_grad(grad, statistics, input_ids, cu_seqlens, word, position, token_type, weight, token_type_ids):
-    """(gradient of the sum of the three embeddings, 0 beyond the last sequence; the row of each table that a token
-    takes, (3, T); gradients of weight and bias): all but the rows in the dtype of the statistics."""
+def _embed_norm_grad(grad, statistics, rows, cu_seqlens, word, position, token_type, weight):
+    """Gradients of the sum of the embeddings, 0 beyond the last sequence, and of weight and bias, all in the dtype of
+    the statistics: the tables' gradients are sums over many tokens."""
     if _backend(word, position, token_type, weight, grad, norm=True) == "triton":
         from leafkern.ops.norm import kernels
 
-        return kernels.embed_norm_backward(
-            grad, statistics, input_ids, cu_seqlens, word, position, token_type, weight, token_type_ids
-        )
-    rows = _table_rows(input_ids, cu_seqlens, word, position, token_type, token_type_ids)
+        return kernels.embed_norm_backward(grad, statistics, rows, cu_seqlens, word, position, token_type, weight)
     h = _embedded(rows, word, position, token_type).to(statistics.dtype)
     inside = torch.arange(h.shape[0], device=h.device)[:, None] < cu_seqlens[-1]
-    grad = torch.where(inside, grad, 0)
-    dx, dweight, dbias = norm_backward(grad, h, statistics, weight, True)
-    return dx, rows, dweight, dbias
+    return norm_backward(torch.where(inside, grad, 0), h, statistics, weight, True)
 
 
-def _embed_norm_grad_fake(grad, statistics, input_ids, cu_seqlens, word, position, token_type, weight, token_type_ids):
-    dx = statistics.new_empty(grad.shape)
-    rows = torch.empty(3, grad.shape[0], device=grad.device, dtype=torch.int64)
-    return dx, rows, statistics.new_empty(weight.shape), statistics.new_empty(weight.shape)
+def _embed_norm_grad_fake(grad, statistics, rows, cu_seqlens, word, position, token_type, weight):
+    return tuple(statistics.new_empty(shape) for shape in (grad.shape, weight.shape, weight.shape))
 
 
 register(
-    "embed_norm_backward(Tensor grad, Tensor statistics, Tensor input_ids, Tensor cu_seqlens, Tensor word,"
-    " Tensor position, Tensor token_type, Tensor weight, Tensor? token_type_ids) -> (Tensor, Tensor, Tensor, Tensor)",
+    "embed_norm_backward(Tensor grad, Tensor statistics, Tensor rows, Tensor cu_seqlens, Tensor word, Tensor position,"
+    " Tensor token_type, Tensor weight) -> (Tensor, Tensor, Tensor)",
     _embed_norm_grad,
     _embed_norm_grad_fake,
 )
 
 
-def _embed_norm_backward(ctx, grad, _):
+def _embed_norm_backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 9
-    *_, word, position, token_type, weight, token_type_ids = ctx.saved_tensors
-    dx, rows, dweight, dbias = torch.ops.leafkern.embed_norm_backward(grad, *ctx.saved_tensors)
-    tables = []
-    for place, table in enumerate((word, position, token_type)):
+    _, rows, _, *tables, weight = ctx.saved_tensors
+    dx, dweight, dbias = torch.ops.leafkern.embed_norm_backward(grad, *ctx.saved_tensors)
+    found = []
+    for place, table in enumerate(tables):
         if not ctx.needs_input_grad[2 + place]:
-            tables.append(None)
-        elif place == 2 and token_type_ids is None:
-            # Every token takes the first row; the rest of the table has no part in the sum.
-            first = dx.sum(0, keepdim=True).to(table.dtype)
-            tables.append(torch.cat((first, table.new_zeros(table.shape[0] - 1, table.shape[1]))))
+            found.append(None)
+        elif place == 2 and ctx.one_type:
+            rest = dx.new_zeros(table.shape[0] - 1, table.shape[1])
+            found.append(torch.cat((dx.sum(0, keepdim=True), rest)).to(table.dtype))
         else:
             dense = torch.ops.aten.embedding_dense_backward(dx, rows[place], table.shape[0], -1, False)
-            tables.append(dense.to(table.dtype))
+            found.append(dense.to(table.dtype))
     dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
-    return None, None, *tables, dweight.to(weight.dtype), dbias, None, None
+    return None, None, *found, dweight.to(weight.dtype), dbias, None, None
 
 
 embed_norm = register(
     "embed_norm(Tensor input_ids, Tensor cu_seqlens, Tensor word, Tensor position, Tensor token_type, Tensor weight,"
-    " Tensor? bias, float eps, Tensor? token_type_ids) -> (Tensor out, Tensor statistics)",
+    " Tensor? bias, float eps, Tensor? token_type_ids) -> (Tensor out, Tensor statistics, Tensor rows)",
     _embed_norm,
     _embed_norm_fake,
     setup_context=_embed_norm_context,
