@@ -6,6 +6,7 @@ GPU: the forward pass can be captured in a CUDA graph.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,16 +18,21 @@ from leafkern.nn.packed import PackedBatch
 from leafkern.ops import attention, norm_mean_pool, varlen_attention
 from leafkern.ops.norm import add_norm, bias_gelu, embed_norm
 
+
+def linear_gelu(linear: nn.Linear, x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    """gelu(linear(x)). On a GPU the bias is added in GELU's pass, whose backward pass sums the bias's gradient too; a
+    product on the CPU adds a bias for nothing."""
+    if x.is_cuda:
+        return bias_gelu(F.linear(x, linear.weight), linear.bias, approximate=approximate)
+    return bias_gelu(linear(x), None, approximate=approximate)
+
+
 _GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 _ACTIVATIONS: dict[str, Callable[[nn.Linear, torch.Tensor], torch.Tensor]] = {
     "relu": lambda linear, x: F.relu(linear(x)),
     "silu": lambda linear, x: F.silu(linear(x)),
     "swish": lambda linear, x: F.silu(linear(x)),
-    # The bias in the same pass as GELU: its gradient is then summed there as well.
-    **{
-        name: lambda linear, x, form=form: bias_gelu(F.linear(x, linear.weight), linear.bias, approximate=form)
-        for name, form in _GELU.items()
-    },
+    **{name: functools.partial(linear_gelu, approximate=form) for name, form in _GELU.items()},
 }
 
 
@@ -127,7 +133,7 @@ class PackedEncoder(nn.Module):
         if not weight.is_cuda:
             return False
         q = weight.new_empty(0, heads, self.width // heads)
-        return attention.choice.varlen_attention(q) != "reference"
+        return attention.choice.varlen_attention(q, scale=1.0) != "reference"
 
     def description(self) -> dict:
         """What a fingerprint covers beside the weights."""
