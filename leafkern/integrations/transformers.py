@@ -76,7 +76,7 @@ def mask(
 
     attention_mask: (B, L) bool, True at tokens, or None. Where it is given, one transfer tells the host how many tokens
     there are: one synchronisation per kind of mask (a model with full and sliding layers has two kinds, and the
-    second finds the stream drained by the first). Without it there is none.
+    second finds the stream drained by the first), which torch.compile breaks its graph at. Without it there is none.
     """
     bidirectional = "allow_is_bidirectional_skip" in options
     plain = options.get("allow_is_bidirectional_skip" if bidirectional else "allow_is_causal_skip", True)
@@ -150,7 +150,7 @@ def attention(
     if attention_mask is not None:
         cu_seqlens, max_seqlen, place, mask_causal, window, refusal = attention_mask
         causal = causal and mask_causal
-        if refusal is not None and (cu_seq_lens_q is None or refusal is not _PACKED_ROWS):
+        if refusal is not None and (cu_seq_lens_q is None or refusal != _PACKED_ROWS):
             raise InputError(refusal)
     if cu_seq_lens_q is not None:
         if place is not None:
