@@ -81,7 +81,8 @@ def enable(model: nn.Module) -> Patch:
 
     Returns what was replaced; its `undo()` restores the model. Whether a model takes unpadded input is tried on three
     words. Where it doesn't, or sentence-transformers is older than 5.4 or was told unpad_inputs=False, input stays
-    padded, `replaced` says so, and a warning why. Training needs an attention dropout of 0. Raises InputError for
+    padded, `replaced` says so, and a warning why. Training needs an attention dropout of 0. `encode` with
+    output_value="token_embeddings" needs padding and fails without it, as with flash attention. Raises InputError for
     another kind of model, one that is enabled already, and one whose attention transformers can't exchange.
 
         model = SentenceTransformer("nreimers/MiniLM-L6-H384-uncased")
