@@ -19,7 +19,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from leafkern.errors import InputError
-from leafkern.nn.packed import _Pad, _Unpad
+from leafkern.nn.bert import linear_gelu
+from leafkern.nn.packed import spread_rows, take_rows
 from leafkern.ops import varlen_attention
 from leafkern.ops.norm import APPROXIMATIONS, add_norm, bias_gelu
 
@@ -162,7 +163,7 @@ def attention(
     q, k, v = (_packed(x, place) for x in (query, key, value))
     out = varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale=scaling, causal=causal, window=window)
     if place is not None:
-        out = _Pad.apply(out, place, batch * length)
+        out = spread_rows(out, place, batch * length)
     return out.view(batch, length, *out.shape[1:]), None
 
 
@@ -195,7 +196,7 @@ def _packed(x: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     x = x.transpose(1, 2).flatten(0, 1)
-    return x if place is None else _Unpad.apply(x, place)
+    return x if place is None else take_rows(x, place)
 
 
 def _equal_bounds(batch: int, length: int, device: torch.device) -> torch.Tensor:
@@ -392,8 +393,4 @@ def _bias_gelu(module: nn.Module, x: torch.Tensor, *, approximate: str) -> torch
 
 
 def _dense_bias_gelu(module: nn.Module, hidden_states: torch.Tensor, *, approximate: str) -> torch.Tensor:
-    dense = module.dense
-    if not hidden_states.is_cuda:
-        # There the product adds the bias for nothing.
-        return bias_gelu(dense(hidden_states), None, approximate=approximate)
-    return bias_gelu(F.linear(hidden_states, dense.weight), dense.bias, approximate=approximate)
+    return linear_gelu(module.dense, hidden_states, approximate=approximate)
