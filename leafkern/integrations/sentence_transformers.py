@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from leafkern.errors import InputError
-from leafkern.integrations.transformers import Patch, evaluating, set_attention
+from leafkern.integrations.transformers import Patch, equal_states, evaluating, set_attention
 from leafkern.nn.losses import (
     AlignmentLoss,
     DistillLoss,
@@ -153,8 +153,7 @@ def _flatten(done: Patch, transformer: nn.Module) -> str | None:
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = f"which does not take it otherwise: {error}"
     else:
-        near = 1e-3 if expected.element_size() > 2 else 0.05
-        if found.shape == expected.shape and (found - expected).norm() <= near * expected.norm():
+        if equal_states(found, expected):
             return None
         reason = "whose states are others without it"
     transformer.can_flatten_inputs = False

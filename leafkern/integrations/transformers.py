@@ -283,6 +283,31 @@ def patch(model: PreTrainedModel) -> Patch:
     return done
 
 
+def patch_if_equal(model: PreTrainedModel, run: Callable[[], torch.Tensor]) -> str | None:
+    """`patch(model)`, kept if `run` gives the same before and after, within rounding; else undone, and the reason."""
+    with evaluating(model):
+        expected = run()
+        try:
+            done = patch(model)
+        except InputError as error:
+            return str(error)
+        try:
+            found = run()
+        except InputError as error:
+            done.undo()
+            return str(error)
+    if equal_states(found, expected):
+        return None
+    done.undo()
+    return "other states than with its own attention"
+
+
+def equal_states(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether hidden states differ by no more than rounding through a model's layers."""
+    near = 1e-3 if expected.element_size() > 2 else 0.05
+    return found.shape == expected.shape and bool((found - expected).norm() <= near * expected.norm())
+
+
 def set_attention(done: Patch, model: PreTrainedModel) -> None:
     """Switches the attention of `model` and the models inside it to "leafkern"."""
     models = {id(m.config): (path, m.config) for path, m in model.named_modules() if isinstance(m, PreTrainedModel)}
