@@ -87,6 +87,16 @@ def _sentence_transformers(model: str, device: str, dtype: str):
 
 
 @cache
+def _enabled(model: str, device: str, dtype: str):
+    """A sentence-transformers model of its own, on leafkern's attention, unpadded."""
+    from leafkern.integrations.sentence_transformers import enable
+
+    opened = _sentence_transformers.__wrapped__(model, device, dtype)
+    enable(opened)
+    return opened
+
+
+@cache
 def _inputs(model: str, mix: str, count: int) -> tuple[list[list[str]], list[list[np.ndarray]]]:
     encoder = _encoder(model, "cpu", "float32")
     vocabulary = list(encoder.tokenizer.get_vocab())
@@ -202,6 +212,11 @@ def _from_text(model, device, dtype, sets, token_sets, held, peers) -> list[Cont
     for batch in BATCHES[device] if theirs is not None else ():
         run = functools.partial(theirs.encode, batch_size=batch, show_progress_bar=False)
         found.append(held(f"sentence-transformers, batch {batch}", lambda i, run=run: run(sets[i])))
+    if theirs is not None:
+        batch, enabled = BATCHES[device][-1], _enabled(model, device, dtype)
+        run = functools.partial(enabled.encode, batch_size=batch, show_progress_bar=False)
+        options = {"same_job": False, "note": f"batch {batch}; leafkern's attention and unpadded input inside"}
+        found.append(held("sentence-transformers, enabled", lambda i: run(sets[i]), **options))
     return found
 
 
