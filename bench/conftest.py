@@ -65,6 +65,8 @@ class Session:
         )
         self.rows.setdefault((case.op, machine.machine_name(case.device)), []).extend(rows)
         benchmark.extra_info["rows"] = rows
+        # After every case: a run that is stopped by its time limit keeps what it has.
+        self.write()
         return rows
 
     def write(self) -> list[Path]:

@@ -129,7 +129,7 @@ def peak_memory(device: str):
         import torch
 
         torch.cuda.synchronize()
-        torch.cuda.resetpeak_memory_stats()
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         yield memory
         memory["peak"] = torch.cuda.max_memory_allocated() - before

@@ -7,10 +7,10 @@ import importlib
 
 __version__ = "0.1.0"
 
-_LAZY = {"Encoder": "leafkern.encode", "Index": "leafkern.index"}
+_LAZY = {"Encoder": "leafkern.encode", "Index": "leafkern.index", "patch": "leafkern.integrations.transformers"}
 _SUBMODULES = ("bench", "encode", "errors", "evaluate", "index", "nn", "ops", "train")
 
-__all__ = ["Encoder", "Index", "__version__", *_SUBMODULES]
+__all__ = ["Encoder", "Index", "__version__", "patch", *_SUBMODULES]
 
 
 def __getattr__(name: str):

@@ -1,5 +1,6 @@
 """What serves each operation on this machine, why, and what would be faster."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -99,10 +100,11 @@ def _missing(backend: str, device: str) -> str | None:
 
 
 def functions(operation: str) -> list[str]:
-    """The public functions of an operation."""
+    """The public functions of an operation; of one that leafkern.ops does not export, those of its folder."""
     from leafkern.ops import _WHERE
 
-    return [name for name, folder in _WHERE.items() if folder == operation and name.islower()]
+    exported = [name for name, folder in _WHERE.items() if folder == operation and name.islower()]
+    return exported or importlib.import_module(f"leafkern.ops.{operation}").__all__
 
 
 # Package, the extra that brings it, what it is for.

@@ -2,9 +2,11 @@
 
 import copy
 import hashlib
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from tokenizers import Tokenizer
 
 from leafkern.errors import InputError, unknown_name
 from leafkern.files import atomic_folder
-from leafkern.nn import Dense, PackedBatch, PackedEncoder, SentenceModel, pack
+from leafkern.nn import Dense, GraphedModel, PackedBatch, PackedEncoder, SentenceModel, pack
+from leafkern.nn.packed import pinned
 from leafkern.ops._core.normalize import normalize_rows
 from leafkern.pretrained import load_backbone, load_tokenizer, locate, read_layout, write_layout
 from leafkern.textio import is_unicode
@@ -71,6 +74,7 @@ class Encoder:
         tokenizer.enable_truncation(max_length, direction=self.tokenizer_config.get("truncation_side", "right"))
         self._cut_reported = False
         self._fingerprint: tuple[object, str] = (None, "")
+        self._graphed: GraphedModel | None = None
 
     @classmethod
     def from_pretrained(
@@ -199,8 +203,9 @@ class Encoder:
         Not with max_length: where texts are cut does not make another model. A teacher cache keeps it beside this.
         """
         state = self.module.state_dict()
-        versions = [(name, tensor.data_ptr(), tensor._version) for name, tensor in state.items()]
-        key = [self.module.normalize, self.module.pooling, *versions]
+        # Fused optimisers write without counting a version: hence the sums of bits.
+        seen = [(name, x.data_ptr(), x._version, _sum_of_bits(x)) for name, x in state.items()]
+        key = [self.module.normalize, self.module.pooling, *seen]
         if self._fingerprint[0] != key:
             digest = hashlib.sha256()
             backbone = self.module.backbone
@@ -239,10 +244,19 @@ class Encoder:
 
         prompt: literal text put before every text. Raises InputError that names the first row that is no text.
         """
+        return list(itertools.chain.from_iterable(self._tokenized(self._checked_texts(texts), prompt)))
+
+    @staticmethod
+    def _checked_texts(texts: Iterable[str]) -> list[str]:
+        texts = list(texts)
         for row, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"texts: row {row} is {type(text).__name__}, not str")
-        token_ids, cut = [], 0
+        return texts
+
+    def _tokenized(self, texts: Sequence[str], prompt: str) -> Iterator[list[np.ndarray]]:
+        """`tokenize`, some thousand texts at a time."""
+        cut = 0
         for start in range(0, len(texts), _TOKENIZE_TEXTS):
             block = [prompt + text for text in texts[start : start + _TOKENIZE_TEXTS]]
             try:
@@ -250,8 +264,8 @@ class Encoder:
             except TypeError:
                 row = start + next(row for row, text in enumerate(block) if not is_unicode(text))
                 raise InputError(f"texts: row {row} holds a lone surrogate, which is no valid Unicode text") from None
-            token_ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
             cut += sum(1 for encoding in encodings if len(encoding) == self.max_length and encoding.overflowing)
+            yield [np.array(encoding.ids, np.int32) for encoding in encodings]
         if cut and not self._cut_reported:
             self._cut_reported = True
             warnings.warn(
@@ -259,7 +273,6 @@ class Encoder:
                 "(said once)",
                 stacklevel=2,
             )
-        return token_ids
 
     def collate(self, token_ids: Sequence[np.ndarray]) -> PackedBatch:
         """One packed batch on this encoder's device, in the order given."""
@@ -315,9 +328,10 @@ class Encoder:
         single = isinstance(texts, str)
         if not (single or isinstance(texts, Iterable)):
             raise InputError(f"texts: expected a str or a sequence of str, got {type(texts).__name__}")
-        token_ids = self.tokenize([texts] if single else list(texts), self.prompt_text(prompt, prompt_text))
+        texts = self._checked_texts([texts] if single else texts)
+        blocks = self._tokenized(texts, self.prompt_text(prompt, prompt_text))
         batch_tokens = _BATCH_TOKENS.get(self.device.type, 65536) if batch_tokens is None else batch_tokens
-        vectors = self._run(token_ids, width, normalize, batch_tokens, progress)
+        vectors = self._run(blocks, len(texts), width, normalize, batch_tokens, progress)
         if precision != "float32" or output == "quantized":
             quantized = quantize(vectors, precision)
             if output == "quantized":
@@ -326,24 +340,48 @@ class Encoder:
         vectors = vectors[0] if single else vectors
         return vectors if output == "torch" else vectors.cpu().numpy()
 
-    def _run(self, token_ids: list[np.ndarray], width: int, normalize: bool, batch_tokens: int, progress: Progress):
+    def _run(
+        self,
+        blocks: Iterator[list[np.ndarray]],
+        total: int,
+        width: int,
+        normalize: bool,
+        batch_tokens: int,
+        progress: Progress,
+    ) -> torch.Tensor:
+        # On a GPU the next block is tokenised while this one runs; a CPU does one thing after the other, and sorts all.
+        gpu = self.device.type == "cuda"
+        blocks = _ahead(blocks) if gpu else [list(itertools.chain.from_iterable(blocks))]
         # Made outside inference mode, so that it may be a target in training.
-        vectors = torch.empty(len(token_ids), width, device=self.device)
+        vectors = torch.empty(total, width, device=self.device)
+        model = self._model()
         was_training = self.module.training
         self.module.eval()
-        done = 0
+        first = done = 0
         try:
-            with torch.inference_mode(), self._arithmetic(), _reporting(progress, len(token_ids)) as report:
-                for rows in self.batches([len(ids) for ids in token_ids], batch_tokens):
-                    found = self.module(self.collate([token_ids[row] for row in rows])).float()[:, :width]
-                    if normalize and not (self.module.normalize and width == self.module.dim):
-                        found = normalize_rows(found)
-                    vectors[torch.from_numpy(rows).to(self.device)] = found
-                    done += len(rows)
-                    report(done, len(token_ids))
+            with torch.inference_mode(), self._arithmetic(), _reporting(progress, total) as report:
+                for token_ids in blocks:
+                    for rows in self.batches([len(ids) for ids in token_ids], batch_tokens):
+                        found = model(pack([token_ids[row] for row in rows])).float()[:, :width]
+                        if normalize and not (self.module.normalize and width == self.module.dim):
+                            found = normalize_rows(found)
+                        places = pinned(torch.from_numpy(first + rows), self.device)
+                        vectors[places.to(self.device, non_blocking=True)] = found
+                        done += len(rows)
+                        report(done, total)
+                    first += len(token_ids)
         finally:
             self.module.train(was_training)
         return vectors
+
+    def _model(self) -> Callable[[PackedBatch], torch.Tensor]:
+        """What turns a batch on the CPU into vectors: where nothing in the model waits for the GPU, CUDA graphs."""
+        backbone = self.module.backbone
+        if not (isinstance(backbone, PackedEncoder) and backbone.capturable):
+            return lambda batch: self.module(batch.to(self.device))
+        if self._graphed is None or self._graphed.module is not self.module:
+            self._graphed = GraphedModel(self.module)
+        return self._graphed
 
     def _arithmetic(self):
         dtype = self.dtype if self.compute is None else _FLOATS[self.compute]
@@ -372,6 +410,11 @@ class Encoder:
                 default_prompt=self.default_prompt,
                 aligned_with=self.aligned_with,
             )
+
+
+def _sum_of_bits(x: torch.Tensor) -> int:
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return int(x.detach().contiguous().view(whole).sum())
 
 
 def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
@@ -413,6 +456,15 @@ def _checked_compute(compute: str | None, dtype: torch.dtype) -> str | None:
         weights = str(dtype).removeprefix("torch.")
         raise InputError(f"compute: {compute!r} can't serve {weights} weights; it needs dtype='float32'")
     return compute
+
+
+def _ahead(blocks: Iterator[list]) -> Iterator[list]:
+    """`blocks`, each made in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, blocks, None)
+        while (block := following.result()) is not None:
+            following = thread.submit(next, blocks, None)
+            yield block
 
 
 @contextmanager

@@ -548,3 +548,25 @@ def test_import_is_lazy():
         "import sys, leafkern.encode; print([m for m in ('transformers', 'sentence_transformers') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_the_fingerprint_sees_a_fused_optimiser(tiny_copy):
+    encoder = opened(tiny_copy)
+    before, (weight, *_) = encoder.fingerprint, encoder.module.parameters()
+    weight.grad = torch.randn_like(weight)
+    torch.optim.AdamW([weight], fused=True).step()
+    assert encoder.fingerprint != before
+
+
+def test_blocks_made_ahead_come_in_order_and_fail_where_they_fail():
+    from leafkern.encode import _ahead
+
+    def blocks():
+        yield from ([1], [2, 3], [])
+        raise InputError("texts: row 4")
+
+    found = []
+    with pytest.raises(InputError, match="row 4"):
+        found.extend(_ahead(blocks()))
+    assert found == [[1], [2, 3], []]
+    assert list(_ahead(iter([]))) == []

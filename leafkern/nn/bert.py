@@ -1,10 +1,12 @@
 """Encoders of the BERT family (absolute positions, post-norm), run on packed tokens.
 
-Devlin et al., BERT (arXiv 1810.04805). Every linear layer sees (T, D), so padding costs nothing there; only q, k
-and v are padded, to the longest sequence of the batch, for the attention itself.
+Devlin et al., BERT (arXiv 1810.04805). Every step takes (T, D); there is no padding. On CUDA, where Triton serves, a
+layer is four matrix products, attention, two residual norms and one GELU, each one launch, and nothing waits for the
+GPU: the forward pass can be captured in a CUDA graph.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -12,22 +14,35 @@ import torch.nn.functional as F
 from torch import nn
 
 from leafkern.errors import InputError, unknown_name
-from leafkern.nn.packed import PackedBatch, Padding
-from leafkern.ops import norm_mean_pool
+from leafkern.nn.packed import PackedBatch
+from leafkern.ops import attention, norm_mean_pool, varlen_attention
+from leafkern.ops.norm import add_norm, bias_gelu, embed_norm
 
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
+
+def linear_gelu(linear: nn.Linear, x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    """gelu(linear(x)). On a GPU the bias is added in GELU's pass, whose backward pass sums the bias's gradient too; a
+    product on the CPU adds a bias for nothing."""
+    if x.is_cuda:
+        return bias_gelu(F.linear(x, linear.weight), linear.bias, approximate=approximate)
+    return bias_gelu(linear(x), None, approximate=approximate)
+
+
+_GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+_ACTIVATIONS: dict[str, Callable[[nn.Linear, torch.Tensor], torch.Tensor]] = {
+    "relu": lambda linear, x: F.relu(linear(x)),
+    "silu": lambda linear, x: F.silu(linear(x)),
+    "swish": lambda linear, x: F.silu(linear(x)),
+    **{name: functools.partial(linear_gelu, approximate=form) for name, form in _GELU.items()},
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedConfig:
-    """Sizes of a BERT encoder, under transformers' names. `dropout` is leafkern's own and 0 unless asked for."""
+    """Sizes of a BERT encoder, under transformers' names.
+
+    `dropout` is leafkern's own and 0 unless asked for: of the embeddings and of what is added to each residual; weights
+    of attention are never dropped.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -84,8 +99,8 @@ class PackedConfig:
 class PackedEncoder(nn.Module):
     """BERT encoder on packed tokens: PackedBatch -> (T, hidden_size).
 
-    Parameter names equal transformers' `BertModel` without its pooler, so weights load and save one to one.
-    Runs and trains on CPU and CUDA in any float dtype; LayerNorm and softmax accumulate in fp32.
+    The names in state_dict equal those of transformers' `BertModel` without its pooler, so weights load and save one to
+    one. Runs and trains on CPU and CUDA in any float dtype; LayerNorm and softmax accumulate in fp32.
     """
 
     def __init__(self, config: PackedConfig):
@@ -111,6 +126,15 @@ class PackedEncoder(nn.Module):
         """The longest sequence that has positions."""
         return self.config.max_position_embeddings
 
+    @property
+    def capturable(self) -> bool:
+        """Whether the forward pass runs on a GPU and never waits for it, so that a CUDA graph can hold it."""
+        weight, heads = self.embeddings.word_embeddings.weight, self.config.num_attention_heads
+        if not weight.is_cuda:
+            return False
+        q = weight.new_empty(0, heads, self.width // heads)
+        return attention.choice.varlen_attention(q, scale=1.0) != "reference"
+
     def description(self) -> dict:
         """What a fingerprint covers beside the weights."""
         return self.config.to_dict()
@@ -125,8 +149,7 @@ class PackedEncoder(nn.Module):
         return chosen
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        x, residual = self._before_last_norm(batch)
-        return self.encoder.layer[-1].output.LayerNorm(x + residual)
+        return self.encoder.layer[-1].output.norm(*self._before_last_norm(batch))
 
     def mean_pooled(self, batch: PackedBatch) -> torch.Tensor:
         """mean_pool of `forward`, (B, hidden_size) in at least float32; the last states never exist as a whole."""
@@ -139,12 +162,11 @@ class PackedEncoder(nn.Module):
             raise InputError(
                 f"batch: a sequence of {batch.max_seqlen} tokens; this model has {self.max_length} positions"
             )
-        padding = Padding(batch)
-        x = self.embeddings(batch, padding)
+        x = self.embeddings(batch)
         *layers, last = self.encoder.layer
         for layer in layers:
-            x = layer(x, padding)
-        return last.before_norm(x, padding)
+            x = layer(x, batch)
+        return last.before_norm(x, batch)
 
 
 class _Embeddings(nn.Module):
@@ -156,36 +178,50 @@ class _Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, batch: PackedBatch, padding: Padding) -> torch.Tensor:
-        x = self.word_embeddings(batch.input_ids) + self.position_embeddings(padding.position)
-        if batch.token_type_ids is None:
-            x = x + self.token_type_embeddings.weight[0]
-        else:
-            x = x + self.token_type_embeddings(batch.token_type_ids)
-        return self.dropout(self.LayerNorm(x))
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
+        x = embed_norm(
+            batch.input_ids,
+            batch.cu_seqlens,
+            *(table.weight for table in tables),
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            eps=self.LayerNorm.eps,
+            token_type_ids=batch.token_type_ids,
+        )
+        return self.dropout(x)
 
 
 class _SelfAttention(nn.Module):
+    """Query, key and value are one linear layer here, and three, as in BertModel, in state_dict."""
+
     def __init__(self, config: PackedConfig):
         super().__init__()
         self.heads = config.num_attention_heads
-        self.dropout = config.dropout
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.register_state_dict_post_hook(_split)
+        self.register_load_state_dict_pre_hook(_join)
 
-    def forward(self, x: torch.Tensor, padding: Padding) -> torch.Tensor:
-        tokens, width = x.shape
-        if tokens == 0:
-            return x
-        q, k, v = (
-            padding.pad(linear(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
-        )
-        mask = None if padding.trivial else padding.key_mask
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return padding.unpad(out.transpose(1, 2)).reshape(tokens, width)
+    def forward(self, x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, x.shape[1] // self.heads)).unbind(1)
+        return varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen).flatten(1)
+
+
+_JOINED = ("query", "key", "value")
+
+
+def _split(module: nn.Module, state: dict, prefix: str, metadata: object) -> None:
+    whole = {kind: state.pop(f"{prefix}qkv.{kind}").chunk(len(_JOINED)) for kind in ("weight", "bias")}
+    for place, name in enumerate(_JOINED):
+        state |= {f"{prefix}{name}.{kind}": parts[place] for kind, parts in whole.items()}
+
+
+def _join(module: nn.Module, state: dict, prefix: str, *_: object) -> None:
+    for kind in ("weight", "bias"):
+        names = [f"{prefix}{name}.{kind}" for name in _JOINED]
+        # Where one is missing, loading says so.
+        if all(name in state for name in names):
+            state[f"{prefix}qkv.{kind}"] = torch.cat([state.pop(name) for name in names])
 
 
 class _Residual(nn.Module):
@@ -197,8 +233,15 @@ class _Residual(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """What is added to the residual."""
+        return self.dropout(self.dense(x))
+
+    def norm(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return add_norm(x, residual, self.LayerNorm.weight, self.LayerNorm.bias, eps=self.LayerNorm.eps)
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        return self.norm(self.branch(x), residual)
 
 
 class _Layer(nn.Module):
@@ -212,11 +255,10 @@ class _Layer(nn.Module):
         self.output = _Residual(config.intermediate_size, config)
         self.activation = _ACTIVATIONS[config.hidden_act]
 
-    def before_norm(self, x: torch.Tensor, padding: Padding) -> tuple[torch.Tensor, torch.Tensor]:
+    def before_norm(self, x: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The two summands that go into the layer's last LayerNorm."""
-        x = self.attention.output(self.attention.self(x, padding), x)
-        return self.output.dropout(self.output.dense(self.activation(self.intermediate.dense(x)))), x
+        x = self.attention.output(self.attention.self(x, batch), x)
+        return self.output.branch(self.activation(self.intermediate.dense, x)), x
 
-    def forward(self, x: torch.Tensor, padding: Padding) -> torch.Tensor:
-        x, residual = self.before_norm(x, padding)
-        return self.output.LayerNorm(x + residual)
+    def forward(self, x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        return self.output.norm(*self.before_norm(x, batch))

@@ -28,9 +28,18 @@ class PackedBatch(NamedTuple):
         return self.cu_seqlens.numel() - 1
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        move = {"device": device, "non_blocking": True}
-        types = None if self.token_type_ids is None else self.token_type_ids.to(**move)
-        return PackedBatch(self.input_ids.to(**move), self.cu_seqlens.to(**move), self.max_seqlen, types)
+        """On `device`; from the CPU to a GPU through pinned memory, so that the host need not wait for the copy."""
+        device = torch.device(device)
+
+        def moved(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else pinned(x, device).to(device, non_blocking=True)
+
+        return PackedBatch(moved(self.input_ids), moved(self.cu_seqlens), self.max_seqlen, moved(self.token_type_ids))
+
+
+def pinned(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`x` where a copy to `device` can run beside the host: pinned if it goes from the CPU to a GPU."""
+    return x.pin_memory() if x.device.type == "cpu" and device.type == "cuda" else x
 
 
 def pack(token_ids: Sequence[np.ndarray]) -> PackedBatch:

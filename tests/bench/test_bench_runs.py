@@ -41,7 +41,8 @@ def test_all_write_their_rows_and_the_report(tmp_path, tiny_bert):
     assert (search["op"], encoder["op"], pooling["op"]) == names
     assert {row["case"] for row in search["rows"]} >= {"float32/Q1", "int8/Q1", "binary/Q5", "asymmetric/Q5"}
     assert {row["case"] for row in encoder["rows"]} == {
-        f"{part}/{mix}/float32" for part in ("text", "forward") for mix in ("real", "document")
+        *(f"{part}/{mix}/float32" for part in ("text", "forward") for mix in ("real", "document")),
+        "batch/real/float32/B1",
     }
     assert {row["case"] for row in pooling["rows"]} == {
         f"{op}/{part}/float32/B3xD32"
@@ -53,6 +54,7 @@ def test_all_write_their_rows_and_the_report(tmp_path, tiny_bert):
         assert row["p50_s"] > 0
         assert f"bench/bench_{row['op']}.py::test_{row['op']}[" in row["command"]
     assert all(row["values"]["cosine min"] > 0.9999 for row in encoder["rows"])
+    assert {"tokenize ms", "pack ms", "forward ms", "read back ms"} <= set(encoder["rows"][0]["values"])
     page = report.read_text()
     assert "int8/Q1" in page
     assert "forward/document/float32" in page

@@ -9,7 +9,8 @@ from compare import bounds, relative
 from tolerances import TOLERANCE
 
 from leafkern.ops import mean_pool, norm_mean_pool
-from leafkern.ops.pooling import NORMS, autograd
+from leafkern.ops._core.norm import NORMS
+from leafkern.ops.pooling import autograd
 from leafkern.ops.pooling.reference import brute_mean_pool, brute_norm_mean_pool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("only_triton")]

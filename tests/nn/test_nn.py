@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from encoders import gradients
 
 from leafkern.errors import InputError
 from leafkern.nn import Dense, PackedConfig, PackedEncoder, Padding, SentenceModel, activation_module, pack
@@ -54,8 +55,21 @@ def test_gradients_equal_transformers(lengths):
     (encoder(pack(ids)) * weights).sum().backward()
     states = [model(torch.tensor(row)[None]).last_hidden_state[0] for row in ids if len(row)]
     (torch.cat(states) * weights).sum().backward()
-    for (name, mine), theirs in zip(encoder.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
+    for name, mine in gradients(encoder).items():
+        theirs = model.get_parameter(name).grad
+        torch.testing.assert_close(mine, theirs, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_names_are_those_of_transformers():
+    encoder = random_encoder()
+    state = encoder.state_dict()
+    assert list(state) == [name for name, _ in as_transformers(encoder).named_parameters()]
+    other = random_encoder()
+    assert not other.load_state_dict(state).unexpected_keys
+    assert all(torch.equal(x, state[name]) for name, x in other.state_dict().items())
+    del state["encoder.layer.1.attention.self.key.weight"]
+    with pytest.raises(RuntimeError, match=r"encoder\.layer\.1\.attention\.self"):
+        other.load_state_dict(state)
 
 
 def test_token_types_count():

@@ -18,7 +18,7 @@ from leafkern.ops._core import cubin, launch
 
 pytestmark = pytest.mark.compile
 
-MOST_TESTED = 30
+MOST_TESTED = 40
 
 if not launch.interpreting():
     TESTED = [item for item in cubin.shipped() if item.tested]
@@ -37,7 +37,7 @@ def test_the_list_is_whole_and_short():
     assert len(names) == len(set(names))
     assert 1 <= len(TESTED) <= MOST_TESTED
     with_kernels = {item.operation for item in items}
-    assert {"attention", "pooling"} <= with_kernels
+    assert {"attention", "norm", "pooling"} <= with_kernels
     assert {item.operation for item in TESTED} == with_kernels
     # Every kernel of an operation is tested in at least one configuration.
     assert {id(item.kernel) for item in TESTED} == {id(item.kernel) for item in items}
@@ -193,6 +193,36 @@ def test_what_pooling_launches_is_what_is_listed(launches):
         kernels.norm_mean_pool_backward(torch.randn(2, 384), x, residual, weight, cu_seqlens, 1e-5, layer)
     assert len(launches) == 7
     listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in cubin.shipped()]
+    for kernel in launches:
+        assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed
+
+
+def test_what_norm_launches_is_what_is_listed(launches):
+    from leafkern.ops.norm import kernels
+
+    x, residual, weight, bias = (torch.randn(s).bfloat16() for s in [(90, 384), (90, 384), (384,), (384,)])
+    _, statistics = kernels.add_norm(x, residual, weight, bias, 1e-5, True, with_sum=False)
+    kernels.add_norm_backward(x, None, x, residual, weight, statistics, True)
+    _, total, statistics = kernels.add_norm(x, residual, weight, bias, 1e-5, False, with_sum=True)
+    kernels.add_norm_backward(x, residual, total, None, weight, statistics, False)
+    # Under autocast: a product in half precision, everything else in single.
+    wide, parameter = torch.randn(90, 384), torch.randn(384)
+    _, statistics = kernels.add_norm(x, wide, parameter, parameter, 1e-5, True, with_sum=False)
+    kernels.add_norm_backward(wide, None, x, wide, parameter, statistics, True)
+    inner, inner_bias = torch.randn(90, 1536).bfloat16(), torch.randn(1536).bfloat16()
+    kernels.bias_gelu(inner, inner_bias, False)
+    kernels.bias_gelu_backward(inner, inner, inner_bias, False)
+    q, k, _ = torch.randn(90, 3, 6, 64).bfloat16().unbind(1)
+    for backwards in (False, True):
+        kernels.rotary(q, k, torch.randn(90, 64), torch.randn(90, 64), backwards)
+    ids, cu_seqlens = torch.zeros(90, dtype=torch.int64), torch.tensor([0, 40, 90], dtype=torch.int32)
+    tables = [torch.randn(rows, 384).bfloat16() for rows in (1000, 512, 2)]
+    out, statistics, rows = kernels.embed_norm(ids, cu_seqlens, *tables, weight, bias, 1e-5, None)
+    kernels.embed_norm_backward(out, statistics, rows, cu_seqlens, *tables, weight)
+    # Each backward pass but that of rotary joins its parts.
+    assert len(launches) == 17
+    items = [item for item in cubin.shipped() if item.operation == "norm"]
+    listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in items]
     for kernel in launches:
         assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed
 

@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 from leafkern.errors import BackendError
 from leafkern.ops import mean_pool, norm_mean_pool
 from leafkern.ops._core import backend, launch
-from leafkern.ops.pooling import NORMS, autograd
+from leafkern.ops._core.norm import NORMS
+from leafkern.ops.pooling import autograd
 from leafkern.ops.pooling.reference import brute_mean_pool, brute_norm_mean_pool
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("only_triton")]
@@ -29,7 +30,7 @@ def share(request, monkeypatch):
     from leafkern.ops.pooling import kernels
 
     monkeypatch.setattr(
-        kernels, "_shares", lambda x, tokens, blocks, config: (request.param, -(-tokens // request.param))
+        kernels, "shares", lambda x, tokens, blocks, config: (request.param, -(-tokens // request.param))
     )
     return request.param
 
@@ -139,13 +140,13 @@ def test_any_shape(lengths, width, kind, dtype):
 def test_shares_cover_every_token_once_and_run_at_once(monkeypatch, tokens, width):
     from leafkern.ops.pooling import kernels
 
-    monkeypatch.setattr(kernels, "multiprocessors", lambda x: 132)
+    monkeypatch.setattr(launch, "multiprocessors", lambda x: 132)
     for norm in (False, True):
         for backward in (False, True):
             config = kernels.configure(width, norm, backward)
             blocks = -(-width // config.columns)
             assert config.columns >= width or not norm
-            chunk, programs = kernels._shares(torch.zeros(1), tokens, blocks, config)
+            chunk, programs = kernels.shares(torch.zeros(1), tokens, blocks, config)
             assert (programs - 1) * chunk < tokens <= programs * chunk
             assert chunk % config.rows == 0
             assert programs * blocks <= 132 * config.programs
@@ -158,7 +159,7 @@ def test_more_sequences_than_one_step_of_the_search(monkeypatch):
     x, cu = torch.randn(sum(lengths), 3), bounds(lengths)
     # 60 sequences, 4 per step: three steps, the last ones ragged. Only programs after the first have to search.
     monkeypatch.setattr(kernels, "FAN", 4)
-    monkeypatch.setattr(kernels, "_shares", lambda x, tokens, blocks, config: (5, -(-tokens // 5)))
+    monkeypatch.setattr(kernels, "shares", lambda x, tokens, blocks, config: (5, -(-tokens // 5)))
     torch.testing.assert_close(mean_pool(x, cu), brute_mean_pool(x, cu, False))
 
 

@@ -18,6 +18,7 @@ BACKENDS = ("reference", "native", "triton", "flash", "sdpa")
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("triton", "flash", "sdpa", "reference"),
     "pooling": ("triton", "reference"),
+    "norm": ("triton", "reference"),
     "distill": ("reference",),
     "relative": ("native", "reference"),
     "contrastive": ("reference",),

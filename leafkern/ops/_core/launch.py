@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +16,8 @@ from leafkern.ops._core.backend import forced_backend
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Programs of the interpreter run one after the other; a few are enough to meet every path.
 INTERPRETED_MULTIPROCESSORS = 2
+# Tokens of a share at the least: below, adding up the pieces costs more than the idle programs.
+SHORTEST_SHARE = 16
 
 
 @functools.cache
@@ -81,3 +84,39 @@ def next_power_of_2(n: int) -> int:
 def unit_columns(x: torch.Tensor) -> torch.Tensor:
     """`x` (T, D) itself where the entries of a row are adjacent, whatever the distance of rows; else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel over rows is cut: a tile is `rows` tokens by `columns` entries, and `programs` run on a
+    multiprocessor at once, for which each gets its part of the registers."""
+
+    rows: int
+    columns: int
+    warps: int
+    programs: int
+
+    @property
+    def options(self) -> dict:
+        """What the launch passes to the compiler. Left alone, ptxas spills to win occupancy that the launch never uses;
+        fusing multiplication and addition is Triton's default, which 3.10 changes and 3.9 warns about."""
+        registers = 65536 // (32 * self.warps * self.programs) // 8 * 8
+        return {"num_warps": self.warps, "maxnreg": min(registers, 255), "enable_fp_fusion": True}
+
+
+def norm_config(width: int, backward: bool) -> Config:
+    """The heuristic for kernels that hold whole rows. About 16 entries of a tile per thread, and enough programs for
+    the bytes in flight that hide the latency of memory (about 24 KiB per multiprocessor on an H100), as far as their
+    registers allow."""
+    columns = next_power_of_2(width)
+    warps = 4 if columns <= 2048 else 8 if columns <= 4096 else 16
+    rows = min(8, max(1, 512 * warps // columns))
+    return Config(rows=rows, columns=columns, warps=warps, programs=(16 if backward else 20) // warps or 1)
+
+
+def shares(x: torch.Tensor, tokens: int, blocks: int, config: Config) -> tuple[int, int]:
+    """(tokens per program, programs): one wave, all resident, in whole tiles; `blocks` programs share the tokens."""
+    programs = max(1, multiprocessors(x) * config.programs // blocks)
+    chunk = max(SHORTEST_SHARE, -(-tokens // programs))
+    chunk = -(-chunk // config.rows) * config.rows
+    return chunk, -(-tokens // chunk)

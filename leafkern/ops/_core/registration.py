@@ -6,6 +6,7 @@ off inside: an operation chooses its own precision.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,6 +25,8 @@ def without_autocast(function: Callable) -> Callable:
         with torch.autocast(active[0], enabled=False), torch.autocast(active[-1], enabled=False):
             return function(*args, **options)
 
+    # torch asks for it at every call of an autograd.Function, and takes longer to find it than some kernels to run.
+    plain.__signature__ = inspect.signature(function)
     return plain
 
 
@@ -94,7 +97,9 @@ def register(
     registered = getattr(torch.ops.leafkern, name).default
 
     def call(*args):
-        return registered(*args) if torch.compiler.is_compiling() else eager(*args)
+        if torch.compiler.is_compiling():
+            return registered(*args)
+        return eager(*args) if torch.is_grad_enabled() else implementation(*args)
 
     call.__name__ = call.__qualname__ = name
     return call

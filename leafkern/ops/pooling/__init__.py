@@ -2,14 +2,12 @@
 
 import torch
 
-from leafkern.errors import InputError, unknown_name
 from leafkern.ops._core.checks import check_cu_seqlens, check_floating, check_same_device
+from leafkern.ops._core.norm import check_norm
 from leafkern.ops._core.normalize import normalize_rows
 from leafkern.ops.pooling import autograd
 
 __all__ = ["mean_pool", "norm_mean_pool"]
-
-NORMS = ("layer", "rms")
 
 
 def mean_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, *, normalize: bool = False) -> torch.Tensor:
@@ -53,20 +51,8 @@ def norm_mean_pool(
     rule as `mean_pool`; same result every time. Reference (everything else): PyTorch, a block of tokens at a time.
     """
     x = check_floating("x", x, ndim=2)
-    if residual is not None:
-        check_floating("residual", residual, ndim=2)
-        if residual.shape != x.shape:
-            raise InputError(f"residual: shape {tuple(residual.shape)}; expected that of x, {tuple(x.shape)}")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is None and name == "bias":
-            continue
-        if check_floating(name, vector, ndim=1).shape[0] != x.shape[1]:
-            raise InputError(f"{name}: {vector.shape[0]} entries; expected D = {x.shape[1]}")
-    if kind not in NORMS:
-        raise unknown_name("kind", kind, NORMS)
-    if not eps >= 0:
-        raise InputError(f"eps: {eps}; expected a number that is not negative")
+    eps = check_norm(x, residual, weight, bias, eps, kind)
     check_cu_seqlens(cu_seqlens, x.shape[0])
     check_same_device(x=x, residual=residual, weight=weight, bias=bias, cu_seqlens=cu_seqlens)
-    pooled = autograd.norm_mean_pool(x, residual, weight, bias, cu_seqlens, float(eps), kind == "layer")
+    pooled = autograd.norm_mean_pool(x, residual, weight, bias, cu_seqlens, eps, kind == "layer")
     return normalize_rows(pooled) if normalize else pooled

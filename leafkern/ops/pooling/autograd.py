@@ -4,10 +4,10 @@ The backend is chosen inside the implementations, forward and backward alike: to
 """
 
 import torch
-import torch.nn.functional as F
 
 from leafkern.ops._core import launch
 from leafkern.ops._core.backend import choose
+from leafkern.ops._core.norm import norm_backward, norm_forward, summed_dtype
 from leafkern.ops._core.normalize import at_least_float32
 from leafkern.ops._core.registration import register
 
@@ -103,15 +103,10 @@ mean_pool = register(
 _BLOCK = {"cpu": 1024, "cuda": 65536}
 
 
-def _normed(x, residual, weight, bias, eps, layer):
-    """Norm of x + residual in at least float32."""
+def _summed(x, residual):
+    """x + residual in at least float32."""
     dtype = at_least_float32(x.dtype)
-    h = x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    if layer:
-        return F.layer_norm(h, h.shape[-1:], weight, bias, eps)
-    y = F.rms_norm(h, h.shape[-1:], weight, eps)
-    return y if bias is None else y + bias
+    return x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
 
 
 def _norm_mean_pool(x, residual, weight, bias, cu_seqlens, eps, layer):
@@ -124,7 +119,8 @@ def _norm_mean_pool(x, residual, weight, bias, cu_seqlens, eps, layer):
     size = _BLOCK.get(x.device.type, 65536)
     for start in range(0, tokens, size):
         block = slice(start, start + size)
-        y = _normed(x[block], None if residual is None else residual[block], weight, bias, eps, layer)
+        h = _summed(x[block], None if residual is None else residual[block])
+        y, _ = norm_forward(h, weight, bias, eps, layer)
         total += segment_sum(y, cu_seqlens.sub(start).clamp(0, y.shape[0]))
     return total / lengths_of(cu_seqlens)
 
@@ -146,32 +142,15 @@ def _norm_mean_pool_grad(grad, x, residual, weight, cu_seqlens, eps, layer):
 
         return kernels.norm_mean_pool_backward(grad, x, residual, weight, cu_seqlens, eps, layer)
     share = (grad / lengths_of(cu_seqlens)).index_select(0, sequence_of(cu_seqlens, x.shape[0]))
-    dx, dweight, dbias = _norm_backward(share, x, residual, weight, eps, layer)
-    return dx.to(_summed_dtype(x, residual)), dweight, dbias
+    h = _summed(x, residual)
+    _, statistics = norm_forward(h, weight, None, eps, layer)
+    dx, dweight, dbias = norm_backward(share, h, statistics, weight, layer)
+    return dx.to(summed_dtype(x, residual)), dweight, dbias
 
 
 def _norm_mean_pool_grad_fake(grad, x, residual, weight, cu_seqlens, eps, layer):
-    dx = torch.empty(x.shape, device=x.device, dtype=_summed_dtype(x, residual))
+    dx = torch.empty(x.shape, device=x.device, dtype=summed_dtype(x, residual))
     return dx, grad.new_empty(weight.shape), grad.new_empty(weight.shape)
-
-
-def _summed_dtype(x, residual):
-    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-
-
-def _norm_backward(grad, x, residual, weight, eps, layer):
-    """Gradients of the norm with respect to x + residual, weight and bias; the statistics are computed again."""
-    dtype = at_least_float32(x.dtype)
-    h = x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
-    if layer:
-        h = h - h.mean(-1, keepdim=True)
-    inverse = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    unit = h * inverse
-    inner = grad * weight.to(dtype)
-    projected = inner - unit * (inner * unit).mean(-1, keepdim=True)
-    if layer:
-        projected = projected - inner.mean(-1, keepdim=True)
-    return projected * inverse, (grad * unit).sum(0), grad.sum(0)
 
 
 register(

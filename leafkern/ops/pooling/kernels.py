@@ -19,80 +19,24 @@ Memory. Rows of x and residual may lie apart (views of a wider tensor); the entr
 tensor is copied. Loads are upcast at once: statistics and sums are float32. Addresses are 64-bit.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from leafkern.ops._core.cubin import Shipped
-from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, unit_columns
+from leafkern.ops._core.device import sequence_of, summed, unit
+from leafkern.ops._core.launch import Config, next_power_of_2, norm_config, on_device, shares, unit_columns
 
-# Tokens of a share at the least: below, a second kernel for the pieces costs more than the idle programs.
-SHORTEST_SHARE = 16
 # Entries of cu_seqlens that one step of the search looks at.
 FAN = 256
 
 
-@dataclass(frozen=True)
-class Config:
-    """How one kernel is cut: a tile is `rows` tokens by `columns` entries, and `programs` run on a multiprocessor at
-    once, for which each gets its part of the registers."""
-
-    rows: int
-    columns: int
-    warps: int
-    programs: int
-
-    @property
-    def options(self) -> dict:
-        """What the launch passes to the compiler. Left alone, ptxas spills to win occupancy that the launch never uses;
-        fusing multiplication and addition is Triton's default, which 3.10 changes and 3.9 warns about."""
-        registers = 65536 // (32 * self.warps * self.programs) // 8 * 8
-        return {"num_warps": self.warps, "maxnreg": min(registers, 255), "enable_fp_fusion": True}
-
-
 def configure(width: int, norm: bool, backward: bool) -> Config:
-    """The heuristic. About 16 entries of a tile per thread, and enough programs for the bytes in flight that hide the
-    latency of memory (about 24 KiB per multiprocessor on an H100), as far as their registers allow."""
+    """The heuristic. Without a norm, a row may be cut: for the bytes in flight see `norm_config`."""
     if not norm:
         columns = min(next_power_of_2(width), 512)
         return Config(rows=min(16, 2048 // columns), columns=columns, warps=4, programs=8)
-    columns = next_power_of_2(width)
-    warps = 4 if columns <= 2048 else 8 if columns <= 4096 else 16
-    rows = min(8, max(1, 512 * warps // columns))
-    return Config(rows=rows, columns=columns, warps=warps, programs=(16 if backward else 20) // warps or 1)
-
-
-@triton.jit
-def _sequence_of(cu_seqlens, token, sequences, FAN: tl.constexpr):
-    # The last sequence that begins at or before `token`: never an empty one.
-    first = token * 0
-    width = first + sequences
-    while width > 1:
-        step = (width + FAN - 1) // FAN
-        probe = tl.arange(0, FAN) * step
-        begin = tl.load(cu_seqlens + first + probe, mask=probe < width, other=0)
-        passed = tl.sum(((probe < width) & (begin <= token)).to(tl.int32), 0)
-        first += tl.maximum(passed - 1, 0) * step
-        width = tl.minimum(step, sequences - first)
-    return first
-
-
-@triton.jit
-def _unit(x, residual, rows, columns, valid, x_stride, residual_stride, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
-    # x + residual of a tile, normed without weight and bias; and 1 / deviation of each row.
-    h = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=valid, other=0.0).to(tl.float32)
-    if residual is not None:
-        other = tl.load(residual + rows[:, None] * residual_stride + columns[None, :], mask=valid, other=0.0)
-        h += other.to(tl.float32)
-    inverse = tl.full([h.shape[0]], 1.0, tl.float32)
-    if NORM == "layer":
-        h = tl.where(valid, h - tl.sum(h, 1)[:, None] / WIDTH, 0.0)
-    if NORM != "none":
-        inverse = tl.rsqrt(tl.sum(h * h, 1) / WIDTH + eps)
-        h *= inverse[:, None]
-    return h, inverse
+    return norm_config(width, backward)
 
 
 @triton.jit
@@ -131,7 +75,7 @@ def pool_kernel(
     high = tl.minimum(low + chunk, tokens)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < WIDTH
-    i_sequence = _sequence_of(cu_seqlens, low, sequences, FAN)
+    i_sequence = sequence_of(cu_seqlens, low, sequences, FAN)
     start = low
     while (start < high) & (i_sequence < sequences):
         begin = tl.load(cu_seqlens + i_sequence).to(tl.int64)
@@ -141,7 +85,8 @@ def pool_kernel(
         for row in range(start, stop, ROWS):
             rows = row + tl.arange(0, ROWS)
             valid = (rows < stop)[:, None] & inside[None, :]
-            h, _ = _unit(x, residual, rows, columns, valid, x_stride, residual_stride, eps, WIDTH, NORM)
+            h = summed(x, residual, rows, columns, valid, x_stride, residual_stride)
+            h, _, _ = unit(h, valid, eps, WIDTH, NORM)
             # A row beyond the end is no row of zeros: without eps, its deviation is 0.
             tile += tl.where(valid, h, 0.0)
         total = tl.sum(tile, 0)
@@ -218,7 +163,7 @@ def backward_kernel(
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < WIDTH
     dweight = tl.zeros([ROWS, COLUMNS], tl.float32)
-    first = _sequence_of(cu_seqlens, low, sequences, FAN)
+    first = sequence_of(cu_seqlens, low, sequences, FAN)
     i_sequence = first
     start = low
     while (start < high) & (i_sequence < sequences):
@@ -237,10 +182,11 @@ def backward_kernel(
             if NORM == "none":
                 out = tl.broadcast_to(inner[None, :], [ROWS, COLUMNS])
             else:
-                unit, inverse = _unit(x, residual, rows, columns, valid, x_stride, residual_stride, eps, WIDTH, NORM)
-                dweight += tl.where(valid, unit * share[None, :], 0.0)
-                along = tl.sum(inner[None, :] * unit, 1) / WIDTH
-                out = inner[None, :] - unit * along[:, None]
+                h = summed(x, residual, rows, columns, valid, x_stride, residual_stride)
+                h, _, inverse = unit(h, valid, eps, WIDTH, NORM)
+                dweight += tl.where(valid, h * share[None, :], 0.0)
+                along = tl.sum(inner[None, :] * h, 1) / WIDTH
+                out = inner[None, :] - h * along[:, None]
                 if NORM == "layer":
                     out -= offset
                 out *= inverse[:, None]
@@ -277,14 +223,6 @@ def _join_constants(width: int) -> dict:
 JOIN_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-def _shares(x: torch.Tensor, tokens: int, blocks: int, config: Config) -> tuple[int, int]:
-    """(tokens per program, programs): one wave, all resident, in whole tiles."""
-    programs = max(1, multiprocessors(x) * config.programs // blocks)
-    chunk = max(SHORTEST_SHARE, triton.cdiv(tokens, programs))
-    chunk = triton.cdiv(chunk, config.rows) * config.rows
-    return chunk, triton.cdiv(tokens, chunk)
-
-
 def _pool(x, residual, weight, bias, cu_seqlens, eps: float, norm: str) -> torch.Tensor:
     (tokens, width), sequences = x.shape, cu_seqlens.numel() - 1
     pooled = torch.empty(sequences, width, device=x.device, dtype=torch.float32)
@@ -292,7 +230,7 @@ def _pool(x, residual, weight, bias, cu_seqlens, eps: float, norm: str) -> torch
         return pooled
     config = configure(width, norm != "none", backward=False)
     blocks = triton.cdiv(width, config.columns)
-    chunk, programs = _shares(x, tokens, blocks, config)
+    chunk, programs = shares(x, tokens, blocks, config)
     x, residual = unit_columns(x), None if residual is None else unit_columns(residual)
     weight, bias, cu_seqlens = (None if v is None else v.contiguous() for v in (weight, bias, cu_seqlens))
     partial = torch.empty(programs, 2, width, device=x.device, dtype=torch.float32)
@@ -329,7 +267,7 @@ def _pool_backward(grad, x, residual, weight, cu_seqlens, eps: float, norm: str,
         return None if norm == "none" else torch.zeros(2, width, device=dx.device, dtype=torch.float32)
     config = configure(width, norm != "none", backward=True)
     blocks = triton.cdiv(width, config.columns)
-    chunk, programs = _shares(dx, tokens, blocks, config)
+    chunk, programs = shares(dx, tokens, blocks, config)
     grad, cu_seqlens = grad.contiguous(), cu_seqlens.contiguous()
     x, residual = (None if v is None else unit_columns(v) for v in (x, residual))
     weight = None if weight is None else weight.contiguous()

@@ -4,6 +4,7 @@ import itertools
 
 import torch
 
+from leafkern.ops._core.norm import brute_norm
 from leafkern.ops._core.normalize import at_least_float32, brute_normalize
 
 
@@ -29,7 +30,4 @@ def brute_norm_mean_pool(
     """The norm of every token, as its formula says, then brute_mean_pool."""
     dtype = at_least_float32(x.dtype)
     h = x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
-    if kind == "layer":
-        h = h - h.mean(-1, keepdim=True)
-    y = h / (h.square().mean(-1, keepdim=True) + eps).sqrt() * weight.to(dtype)
-    return brute_mean_pool(y if bias is None else y + bias.to(dtype), cu_seqlens, normalize)
+    return brute_mean_pool(brute_norm(h, weight, bias, eps, kind), cu_seqlens, normalize)

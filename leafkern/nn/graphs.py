@@ -1,0 +1,142 @@
+"""CUDA graphs of a sentence model, one per bucket of sizes: a forward pass without Python's cost of launching.
+
+A small encoder makes about fifty launches per batch, which can cost Python more time than the GPU. A graph replays them
+at once, but for fixed shapes: a batch is copied into the buffers of the next larger bucket, with empty sequences at its
+end; tokens beyond its last sequence belong to none, and nothing reads what becomes of them. Not timed yet.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from leafkern.nn.packed import PackedBatch, pinned
+from leafkern.ops._core.launch import next_power_of_2, on_device
+
+# Above, the GPU takes longer than Python, and a bucket's unused part would cost more than launching.
+MOST_TOKENS = 16384
+# Graphs kept; what they hold beside their inputs and outputs is shared.
+MOST_GRAPHS = 64
+_LEAST = 16
+
+
+def token_bucket(tokens: int) -> int:
+    """The next multiple of an eighth of the power of two below, at least 16: at most an eighth more than `tokens`."""
+    step = max(_LEAST, next_power_of_2(max(tokens, 1)) // 16)
+    return max(1, -(-tokens // step)) * step
+
+
+def bucket(batch: PackedBatch, longest: int) -> tuple[int, int, int]:
+    """(tokens, sequences, max_seqlen) of the smallest bucket that holds `batch`; `longest`: what the model takes."""
+    length = max(_LEAST, next_power_of_2(max(batch.max_seqlen, 1)))
+    length = max(batch.max_seqlen, min(length, longest))
+    return token_bucket(batch.input_ids.numel()), next_power_of_2(max(batch.size, 1)), length
+
+
+def capture(call: Callable[[], torch.Tensor], pool=None) -> Callable[[], torch.Tensor]:
+    """`call` as a CUDA graph: a function that replays it and returns its result, which the next replay overwrites.
+
+    `call` takes no arguments, does the same launches every time and never waits for the GPU. It runs twice first, so
+    that what compiles or allocates once has done so. pool: of `torch.cuda.graph_pool_handle`, for graphs that are never
+    replayed at the same time.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        out = call()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+@dataclass
+class _Captured:
+    """A graph, the buffers that it reads, and the weights that it reads, whose memory it keeps."""
+
+    batch: PackedBatch
+    replay: Callable[[], torch.Tensor]
+    weights: list[torch.Tensor]
+
+    def reads(self, weights: list[torch.Tensor]) -> bool:
+        return [x.data_ptr() for x in self.weights] == [x.data_ptr() for x in weights]
+
+
+class GraphedModel:
+    """A sentence model for inference, replayed from graphs where that is faster: PackedBatch -> (B, dim).
+
+    module: a SentenceModel in eval mode on a CUDA device, whose forward pass doesn't wait for the GPU. Batches may be
+    on the CPU (they are copied through pinned memory) or on the device. The second batch of a bucket captures its
+    graph; the first one and those above MOST_TOKENS run as they are. Weights may change in place; replaced ones, and
+    another autocast dtype, capture anew.
+    Threads may share it, and take turns. The result is the caller's own, without a gradient.
+    """
+
+    def __init__(self, module: nn.Module, *, capture: Callable = capture):
+        self.module = module
+        self._capture = capture
+        self._known: OrderedDict[tuple, _Captured | None] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pool = None
+        self._done = None
+
+    def __call__(self, batch: PackedBatch) -> torch.Tensor:
+        weight = next(self.module.parameters())
+        # Buffers and results outlive a caller's inference mode, so they must not be made in it.
+        with torch.inference_mode(False), torch.no_grad(), on_device(weight):
+            if not 0 < batch.input_ids.numel() <= MOST_TOKENS or batch.token_type_ids is not None:
+                return self.module(batch.to(weight.device))
+            with self._lock:
+                return self._replayed(batch, weight.device)
+
+    def _replayed(self, batch: PackedBatch, device: torch.device) -> torch.Tensor:
+        narrow = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        key = (*bucket(batch, self.module.backbone.max_length), narrow)
+        if key not in self._known:
+            self._known[key] = None
+            if len(self._known) > MOST_GRAPHS:
+                self._known.popitem(last=False)
+            return self.module(batch.to(device))
+        self._known.move_to_end(key)
+        weights = [x.detach() for x in self.module.parameters()]
+        captured = self._known[key]
+        if captured is None or not captured.reads(weights):
+            captured = self._known[key] = self._captured(key, batch, device, weights)
+        # The caller's stream may not be the one of the last call, whose buffers these are.
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+        _fill(captured.batch, batch)
+        out = captured.replay()[: batch.size].clone()
+        if device.type == "cuda":
+            self._done = torch.cuda.current_stream().record_event()
+        return out
+
+    def _captured(self, key: tuple, batch: PackedBatch, device: torch.device, weights: list) -> _Captured:
+        tokens, sequences, longest, narrow = key
+        ids = torch.zeros(tokens, dtype=torch.int64, device=device)
+        bounds = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
+        static = PackedBatch(ids, bounds, longest)
+        _fill(static, batch)
+        if device.type == "cuda" and self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        # Autocast keeps narrowed weights until its context ends; a graph must not read them from there.
+        with torch.autocast(device.type, dtype=narrow, enabled=narrow is not None, cache_enabled=False):
+            return _Captured(static, self._capture(lambda: self.module(static), self._pool), weights)
+
+
+def _fill(static: PackedBatch, batch: PackedBatch) -> None:
+    """Copies `batch` to the front of the buffers; sequences beyond it are empty, tokens beyond it stay as they are."""
+    tokens, sequences, device = batch.input_ids.numel(), batch.size, static.input_ids.device
+    static.input_ids[:tokens].copy_(pinned(batch.input_ids, device), non_blocking=True)
+    static.cu_seqlens[: sequences + 1].copy_(pinned(batch.cu_seqlens, device), non_blocking=True)
+    static.cu_seqlens[sequences + 1 :].fill_(tokens)
