@@ -34,7 +34,8 @@ def test_polynomials_move_nothing_between_threads(kernel, architecture, tmp_path
     plain, mixed = (instructions(i, architecture, tmp_path) for i in (item, shared))
     # A quarter of the weights' exponentials is gone; those that fade the sum of a row are none of them.
     assert 0.7 * plain["MUFU"] < mixed["MUFU"] < 0.85 * plain["MUFU"]
-    assert mixed["FFMA"] > plain["FFMA"]
+    # sm_100 has one for two numbers at once.
+    assert mixed["FFMA"] + 2 * mixed["FFMA2"] > plain["FFMA"] + 2 * plain["FFMA2"]
     for moves in ("SHFL", "LDS", "LDSM", "STS", "STSM", "PRMT", "BAR"):
         assert mixed[moves] == plain[moves], moves
 
