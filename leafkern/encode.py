@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from leafkern.errors import InputError, unknown_name
 from leafkern.files import atomic_folder
-from leafkern.nn import Dense, GraphedModel, PackedBatch, PackedEncoder, SentenceModel, pack
+from leafkern.nn import Dense, GraphedModel, PackedBatch, PackedEncoder, SentenceModel, TransformersBackbone, pack
 from leafkern.nn.packed import pinned
 from leafkern.ops._core.normalize import normalize_rows
 from leafkern.pretrained import load_backbone, load_tokenizer, locate, read_layout, write_layout
@@ -97,6 +97,7 @@ class Encoder:
         "last", over what the model's files say; without such files a BERT is pooled by the mean, with a warning, as
         sentence-transformers does, and any other family needs it. dim: prefix width of every vector (MRL). prompts:
         more prompts by name, over the model's own. max_length: tokens per text, otherwise the model's own limit.
+        On a GPU a model of another family than BERT runs on `leafkern.patch`, if that gives the same states.
         Only safetensors are read; no code from the model's folder is run.
         Raises InputError where the model can't be found or isn't supported, or torch can't use the device here;
         DamagedFileError for unreadable files.
@@ -120,8 +121,11 @@ class Encoder:
         if max_length is None:
             limits = (layout.max_length or config.get("model_max_length"), backbone.max_length)
             max_length = int(min((limit for limit in limits if limit), default=512))
+        module = module.to(device, _checked_dtype(dtype)).eval()
+        if not bert and device.type == "cuda":
+            _use_kernels(backbone)
         return cls(
-            module.to(device, _checked_dtype(dtype)).eval(),
+            module,
             tokenizer,
             max_length=max_length,
             tokenizer_config=config,
@@ -456,6 +460,17 @@ def _checked_compute(compute: str | None, dtype: torch.dtype) -> str | None:
         weights = str(dtype).removeprefix("torch.")
         raise InputError(f"compute: {compute!r} can't serve {weights} weights; it needs dtype='float32'")
     return compute
+
+
+def _use_kernels(backbone: TransformersBackbone) -> None:
+    """leafkern's attention and norms in a transformers model; where they can't serve it, a warning says why."""
+    from leafkern.integrations.transformers import patch_if_equal
+
+    texts = [np.arange(length) % backbone.vocabulary for length in (7, 1, 12)]
+    batch = pack(texts).to(next(backbone.parameters()).device)
+    reason = patch_if_equal(backbone.model, lambda: backbone(batch))
+    if reason is not None:
+        warnings.warn(f"{type(backbone.model).__name__} stays on transformers' own attention: {reason}", stacklevel=3)
 
 
 def _ahead(blocks: Iterator[list]) -> Iterator[list]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from leafkern import Encoder, files
+from leafkern import Encoder, encode, files
 from leafkern.errors import DamagedFileError, InputError
-from leafkern.nn import TransformersBackbone
+from leafkern.nn import TransformersBackbone, pack
 from leafkern.ops import quantize
 
 TEXTS = [
@@ -284,6 +284,12 @@ def test_other_families_run_through_transformers(tiny_copy, tmp_path, tiny, fami
     again = opened(tmp_path / "again")
     assert np.array_equal(again.encode(TEXTS, batch_tokens=64), found)
     assert again.fingerprint == encoder.fingerprint
+    encode._use_kernels(again.module.backbone)  # as from_pretrained does on a GPU
+    assert again.module.backbone.model.config._attn_implementation == "leafkern"
+    close(again.encode(TEXTS, batch_tokens=64), found)
+    assert again.fingerprint == encoder.fingerprint
+    again.save_pretrained(tmp_path / "again")
+    assert np.array_equal(opened(tmp_path / "again").encode(TEXTS, batch_tokens=64), found)
     with pytest.raises(InputError, match="only a model of the BERT family"):
         Encoder.from_layers(encoder, [0])
     (tiny_copy / "modules.json").unlink()
@@ -304,6 +310,18 @@ def test_other_families_load_without_a_word(tiny_copy):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("True False\n", "")
+
+
+def test_a_family_with_attention_of_its_own_keeps_it():
+    from transformers import MPNetConfig, MPNetModel
+
+    sizes = {"vocab_size": 200, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    backbone = TransformersBackbone(MPNetModel(MPNetConfig(num_hidden_layers=1, **sizes)).eval())
+    batch = pack([np.arange(5), np.arange(9)])
+    before = backbone(batch)
+    with pytest.warns(UserWarning, match="MPNetModel stays on transformers' own attention: .*can't exchange"):
+        encode._use_kernels(backbone)
+    assert torch.equal(backbone(batch), before)
 
 
 def test_unknown_models(tiny_bert, tmp_path):
@@ -559,14 +577,12 @@ def test_the_fingerprint_sees_a_fused_optimiser(tiny_copy):
 
 
 def test_blocks_made_ahead_come_in_order_and_fail_where_they_fail():
-    from leafkern.encode import _ahead
-
     def blocks():
         yield from ([1], [2, 3], [])
         raise InputError("texts: row 4")
 
     found = []
     with pytest.raises(InputError, match="row 4"):
-        found.extend(_ahead(blocks()))
+        found.extend(encode._ahead(blocks()))
     assert found == [[1], [2, 3], []]
-    assert list(_ahead(iter([]))) == []
+    assert list(encode._ahead(iter([]))) == []

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from leafkern.errors import InputError
-from leafkern.integrations.transformers import Patch, evaluating, set_attention
+from leafkern.integrations.transformers import Patch, equal_states, evaluating, set_attention
 from leafkern.nn.losses import (
     AlignmentLoss,
     DistillLoss,
@@ -81,7 +81,8 @@ def enable(model: nn.Module) -> Patch:
 
     Returns what was replaced; its `undo()` restores the model. Whether a model takes unpadded input is tried on three
     words. Where it doesn't, or sentence-transformers is older than 5.4 or was told unpad_inputs=False, input stays
-    padded, `replaced` says so, and a warning why. Training needs an attention dropout of 0. Raises InputError for
+    padded, `replaced` says so, and a warning why. Training needs an attention dropout of 0. `encode` with
+    output_value="token_embeddings" needs padding and fails without it, as with flash attention. Raises InputError for
     another kind of model, one that is enabled already, and one whose attention transformers can't exchange.
 
         model = SentenceTransformer("nreimers/MiniLM-L6-H384-uncased")
@@ -152,8 +153,7 @@ def _flatten(done: Patch, transformer: nn.Module) -> str | None:
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = f"which does not take it otherwise: {error}"
     else:
-        near = 1e-3 if expected.element_size() > 2 else 0.05
-        if found.shape == expected.shape and (found - expected).norm() <= near * expected.norm():
+        if equal_states(found, expected):
             return None
         reason = "whose states are others without it"
     transformer.can_flatten_inputs = False

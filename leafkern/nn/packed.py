@@ -103,16 +103,26 @@ class Padding:
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """(T, …) -> (B, L, …), zeros where there is no token."""
         if not self.trivial:
-            x = _Pad.apply(x, self.place, self.size * self.longest)
+            x = spread_rows(x, self.place, self.size * self.longest)
         return x.view(self.size, self.longest, *x.shape[1:])
 
     def unpad(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, …) -> (T, …)."""
         x = x.reshape(self.size * self.longest, *x.shape[2:])
-        return x if self.trivial else _Unpad.apply(x, self.place)
+        return x if self.trivial else take_rows(x, self.place)
 
 
-class _Pad(torch.autograd.Function):
+def spread_rows(x: torch.Tensor, place: torch.Tensor, rows: int) -> torch.Tensor:
+    """(T, …) -> (rows, …): row i of `x` at place[i], no two at one; zeros elsewhere. Its gradient is a gather."""
+    return _Spread.apply(x, place, rows)
+
+
+def take_rows(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """(rows, …) -> (T, …): the rows at `place`, none twice. Its gradient needs no sum."""
+    return _Take.apply(x, place)
+
+
+class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, place, rows):
         ctx.save_for_backward(place)
@@ -124,7 +134,7 @@ class _Pad(torch.autograd.Function):
         return grad.index_select(0, place), None, None
 
 
-class _Unpad(torch.autograd.Function):
+class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, place):
         ctx.save_for_backward(place)

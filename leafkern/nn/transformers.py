@@ -45,6 +45,11 @@ class TransformersBackbone(nn.Module):
         return self.model.config.get_text_config().hidden_size
 
     @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        return self.model.get_input_embeddings().num_embeddings
+
+    @property
     def max_length(self) -> int | None:
         """The longest sequence that has positions, where the config says so."""
         config = self.model.config.get_text_config()
