@@ -3,13 +3,17 @@
 Tests named `small` are also run under compute-sanitizer (bench/gpu.sh, stage "sanitizer").
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tolerances import TF32, TOLERANCE
 
+pytest.importorskip("triton")
+
 from leafkern.ops import attention_mean_pool, varlen_attention
-from leafkern.ops.attention import flash, reference, sdpa
+from leafkern.ops.attention import flash, kernels, reference, sdpa, tuning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("only_triton")]
 
@@ -127,6 +131,36 @@ def test_error_is_at_most_twice_that_of_torch(width, dtype):
     ours, torchs = ((out, *torch.autograd.grad(out, qkv, grad)) for out in (ours, torchs))
     for mine, theirs, right in zip(ours, torchs, expected, strict=True):
         assert (mine.double() - right).norm() <= 2 * (theirs.double() - right).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("share", [2, 4])
+def test_small_polynomial_exponentials(monkeypatch, share, width, dtype):
+    configure = kernels.configure
+    monkeypatch.setattr(kernels, "configure", lambda *shape: replace(configure(*shape), share=share))
+    for lengths in ("short", "ragged"):
+        hold_attention(LENGTHS[lengths], (4, 2), width, dtype)
+        hold_attention(LENGTHS[lengths], (4, 2), width, dtype, window=(20, 5))
+        hold_pool(LENGTHS[lengths], (4, 2), width, dtype)
+
+
+@pytest.mark.parametrize("width", [32, 128])
+def test_autotuned(monkeypatch, width):
+    monkeypatch.setenv("LEAFKERN_AUTOTUNE", "1")
+    monkeypatch.setattr(tuning, "_found", {})
+    lengths, dtype = LENGTHS["many"], torch.bfloat16
+    hold_attention(lengths, HEADS[width], width, dtype)
+    hold_pool(lengths, HEADS[width], width, dtype)
+    assert {key[0] for key in tuning._found} == set(kernels.KERNELS)
+    # What was found serves while a graph is captured, where nothing can be timed.
+    qkv, cu = make(sum(lengths), HEADS[width], width, dtype), bounds(lengths)
+    with torch.no_grad():
+        expected, graph = varlen_attention(*qkv, cu, max(lengths)), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = varlen_attention(*qkv, cu, max(lengths))
+        graph.replay()
+    assert torch.equal(captured, expected)
 
 
 def test_tf32_where_torch_allows_it():

@@ -8,8 +8,8 @@ from leafkern.ops.attention import flash, sdpa
 
 # The widest head that the Triton kernels hold in registers.
 WIDEST_HEAD = 128
-# From this width on, matrix products bound attention and not exponentials, and kernels written for one architecture
-# serve first where they are there. A rule by reasoning: not measured yet.
+# From this width on, matrix products bound attention and not exponentials, and kernels written in CUDA serve before
+# those in Triton. A rule by reasoning: not measured yet.
 WIDE_HEAD = 96
 # The widest head for which flash kernels have a backward pass on every GPU.
 WIDEST_FLASH_HEAD = 192

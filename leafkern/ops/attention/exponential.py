@@ -5,7 +5,7 @@ exponentials bound attention (kernels.py). So one of every SHARE columns can go 
 place of one, while the others wait for the special function unit (as in FlashAttention-4, Zadouri et al., arXiv
 2603.05451). Columns are told apart by bits of their number that lie in the registers of one thread and not in lanes, so
 that nothing is moved: on sm_90 and sm_100 the machine code has no further shuffle and no further access to shared
-memory; on sm_80 it shuffles. Not timed yet, so off (SHARE = 0) unless asked for.
+memory; on sm_80 it has some. Not timed yet, so off (SHARE = 0) unless asked for.
 """
 
 import triton

@@ -6,7 +6,7 @@ there: the kernel's backward pass would sum in it.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -102,26 +102,29 @@ def _packed_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen: int, scale
 
 
 def _by_runs(q, k, v, cu_seqlens, max_seqlen: int, scale: float, left: int, right: int):
-    out = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=at_least_float32(q.dtype))
+    wide, outs, lses = at_least_float32(q.dtype), [], []
     for tokens, length in _runs(cu_seqlens):
-        qkv = [_by_head(x[tokens], length, lse.dtype) for x in (q, k, v)]
-        outs, lses = _by_head(out[tokens], length), _lse_by_head(lse[:, tokens], length)
-        for rows, span, causal, mask in _blocks(length, lse, left, right):
-            part, part_lse = _CPU_FORWARD(
-                _rows(qkv[0], rows), *(_rows(x, span) for x in qkv[1:]), 0.0, causal, attn_mask=mask, scale=scale
+        queries, keys, values = (_by_head(x[tokens], length, wide) for x in (q, k, v))
+        parts = [
+            _CPU_FORWARD(
+                _rows(queries, rows), _rows(keys, span), _rows(values, span), 0.0, causal, attn_mask=mask, scale=scale
             )
-            _rows(outs, rows).copy_(part)
-            _rows(lses, rows).copy_(part_lse)
-    return out, lse
+            for rows, span, causal, mask in _blocks(length, q.shape[1], wide, left, right)
+        ]
+        out, lse = (_joined(x, 2) for x in zip(*parts, strict=True))
+        outs.append(_by_token(out, q.dtype))
+        lses.append(lse.transpose(0, 1).flatten(1))
+    if not outs:
+        return q.new_empty(q.shape), q.new_empty(q.shape[1], 0, dtype=wide)
+    return _joined(outs, 0), _joined(lses, 1).contiguous()
 
 
 def _by_runs_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen: int, scale: float, left: int, right: int):
     found = []
     for tokens, length in _runs(cu_seqlens):
         grads, queries, keys, values, outs = (_by_head(x[tokens], length, lse.dtype) for x in (grad, q, k, v, out))
-        lses, sums = _lse_by_head(lse[:, tokens], length), None
-        for rows, span, causal, mask in _blocks(length, lse, left, right):
+        lses, sums = lse[:, tokens].view(len(lse), -1, length).transpose(0, 1), None
+        for rows, span, causal, mask in _blocks(length, q.shape[1], lse.dtype, left, right):
             parts = _CPU_BACKWARD(
                 _rows(grads, rows),
                 _rows(queries, rows),
@@ -140,12 +143,10 @@ def _by_runs_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen: int, scal
             sums = sums or [torch.zeros_like(x) for x in (queries, keys, values)]
             for total, part, place in zip(sums, parts, (rows, span, span), strict=True):
                 _rows(total, place).add_(part)
-        found.append([x.transpose(1, 2).flatten(0, 1) for x in sums])
+        found.append([_by_token(x, q.dtype) for x in sums])
     if not found:
         return tuple(x.new_empty(x.shape) for x in (q, k, v))
-    several = len(found) > 1
-    whole = ((torch.cat(parts) if several else parts[0]) for parts in zip(*found, strict=True))
-    return tuple(x.to(q.dtype).contiguous() for x in whole)
+    return tuple(_joined(parts, 0) for parts in zip(*found, strict=True))
 
 
 def _runs(cu_seqlens: torch.Tensor) -> Iterator[tuple[slice, int]]:
@@ -157,7 +158,7 @@ def _runs(cu_seqlens: torch.Tensor) -> Iterator[tuple[slice, int]]:
 
 
 def _blocks(
-    length: int, lse: torch.Tensor, left: int, right: int
+    length: int, heads: int, dtype: torch.dtype, left: int, right: int
 ) -> Iterator[tuple[slice | None, slice | None, bool, torch.Tensor | None]]:
     """(rows, keys, causal, mask) of each call of the kernel for a sequence; None: all of them.
 
@@ -167,19 +168,22 @@ def _blocks(
     if left < 0 and right <= 0:
         yield None, None, right == 0, None
         return
-    for rows, span, hidden in reference.row_blocks(slice(0, length), lse, left, right):
-        yield rows, span, False, torch.zeros_like(hidden, dtype=lse.dtype).masked_fill_(hidden, -torch.inf)
+    for rows, span, hidden in reference.row_blocks(slice(0, length), torch.empty(heads, 0, dtype=dtype), left, right):
+        yield rows, span, False, torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
-def _by_head(x: torch.Tensor, length: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+def _by_head(x: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
     """(n · length, H, D) -> (n, H, length, D), a view unless `dtype` or the entries of a row ask for a copy."""
-    x = x if dtype is None else unit_columns(x.to(dtype))
-    return x.view(-1, length, *x.shape[1:]).transpose(1, 2)
+    return unit_columns(x.to(dtype)).view(-1, length, *x.shape[1:]).transpose(1, 2)
 
 
-def _lse_by_head(lse: torch.Tensor, length: int) -> torch.Tensor:
-    """(H, n · length) -> (n, H, length), a view."""
-    return lse.view(len(lse), -1, length).transpose(0, 1)
+def _by_token(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(n, H, length, D) -> (n · length, H, D), contiguous; no copy of what the kernel makes of token-major inputs."""
+    return x.transpose(1, 2).flatten(0, 1).to(dtype).contiguous()
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _rows(x: torch.Tensor, part: slice | None) -> torch.Tensor:
