@@ -25,7 +25,7 @@ def test_wrong_names_are_refused_with_the_nearest():
 
 
 def test_the_benchmarks_are_found():
-    assert {"attention", "encoder", "pooling", "search"} <= set(bench.operations())
+    assert {"attention", "encoder", "norm", "pooling", "search"} <= set(bench.operations())
 
 
 def test_all_write_their_rows_and_the_report(tmp_path, tiny_bert):
@@ -72,6 +72,21 @@ def test_the_bytes_of_pooling_are_those_that_must_move():
         ("norm_mean_pool", True, 5 * entries + 2 * result),
     ]:
         assert bench_pooling._work(op, backward, inputs).bytes == 4 * moved
+
+
+def test_the_bytes_of_norm_are_those_that_must_move():
+    from leafkern.bench import bench_norm
+
+    model, tokens = bench_norm.MODELS["MiniLM"], 5
+    tile, head = tokens * 384, 32
+    for op, forward, backward in [
+        ("add_norm", 3 * tile, 4 * tile),
+        ("bias_gelu", 2 * 4 * tile, 3 * 4 * tile),
+        ("rotary", 4 * tile + tokens * head, 4 * tile + tokens * head),
+    ]:
+        inputs = bench_norm.Inputs(op, model, tokens, "cpu", "float32", 0)
+        assert bench_norm._work(False, inputs).bytes == 4 * forward
+        assert bench_norm._work(True, inputs).bytes == 4 * (forward + backward)
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ def test_mixed_dtypes():
     weight, residual = (y.detach().float().requires_grad_() for y in (weight, residual))
     for pair in ((x, residual), (x, None)):
         hold_norm([*pair, weight, bias], "layer", torch.bfloat16)
+    hold_norm([x, None, weight.detach().double().requires_grad_(), bias], "layer", torch.bfloat16)
 
 
 def test_statistics_of_half_precision_are_float32():
