@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds leafkern on a GPU machine without network, runs the GPU tests and benchmarks, and leaves one JSON per stage.
 #
-#   bench/gpu.sh OUTDIR [STAGE...]        stages: tests native sanitizer search encoder pooling attention norm (all)
+#   bench/gpu.sh OUTDIR [STAGE...]        stages (all): tests native sanitizer search encoder pooling norm attention
+#                                         attention_backward attention_tuned
 #
 # The machine brings torch, triton, transformers, sentence-transformers, pytest, setuptools, pybind11 and a compiler;
 # what it lacks comes from .gpu_kit (bench/gpu_kit.sh). Every stage is stopped after STAGE_SECONDS (default 480).
@@ -9,9 +10,9 @@
 # bench/stage.py unpack OUTDIR bench/results   turns the stages' figures into result files.
 set -u
 
-stages_known="tests native sanitizer search encoder pooling attention norm"
+stages_known="tests native sanitizer search encoder pooling norm attention attention_backward attention_tuned"
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
-    sed -n '2,4p' "$0" | cut -c3- >&2
+    sed -n '2,5p' "$0" | cut -c3- >&2
     exit 2
 fi
 mkdir -p "$1" || exit 1
@@ -92,9 +93,9 @@ sanitizer() { # the kernels' small tests under both tools; every allocation its 
     done
 }
 export -f sanitizer
-bench() { # a benchmark of the installed package on the GPU
-    command=("${pytest[@]}" "$site/leafkern/bench/bench_$1.py" --peers --results "$scratch/results/$1")
-    [ -z "$gpu" ] || command+=(-k cuda)
+bench() { # a benchmark of the installed package on the GPU: its name, and which of its cases (default: all)
+    command=("${pytest[@]}" "$site/leafkern/bench/bench_$1.py" --peers --results "$scratch/results/$name")
+    [ -z "$gpu" ] || command+=(-k "cuda ${2:-}")
 }
 plan() { # the command of one stage: one line each
     case $1 in
@@ -107,8 +108,13 @@ plan() { # the command of one stage: one line each
         search) bench search ;;
         encoder) bench encoder ;;
         pooling) bench pooling ;;
-        attention) bench attention ;;
         norm) bench norm ;;
+        attention) bench attention "and not backward" ;;
+        attention_backward) bench attention "and backward" ;;
+        attention_tuned)
+            bench attention "and real and B32 and (MiniLM or BERT)"
+            command=(env LEAFKERN_AUTOTUNE=1 "${command[@]}")
+            ;;
     esac
 }
 

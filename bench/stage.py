@@ -132,13 +132,19 @@ def show(lines: list[list[str]]) -> None:
 
 
 def unpack(outdir: Path, folder: Path) -> None:
+    """Several stages may have measured parts of one benchmark: their rows go into one file."""
+    found: dict[Path, dict] = {}
     for stage in stages(outdir):
         for name, document in stage.get("results", {}).items():
-            machine, op = Path(name).parts[-2:]
-            target = folder / machine / op
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-            print(target)
+            target = folder.joinpath(*Path(name).parts[-2:])
+            first = found.setdefault(target, document)
+            if first is not document:
+                first["rows"] += document["rows"]
+                first["command"] += f"; {document['command']}"
+    for target, document in found.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        print(target)
 
 
 def main(arguments: list[str]) -> int:

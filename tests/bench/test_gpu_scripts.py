@@ -36,22 +36,32 @@ def test_wrong_use_is_exit_2(tmp_path):
     for arguments in ([], ["--help"], [str(tmp_path), "serch"]):
         done = subprocess.run(["bash", str(ROOT / "bench" / "gpu.sh"), *arguments], capture_output=True, text=True)
         assert done.returncode == 2, arguments
-        assert "tests native sanitizer search encoder pooling attention norm" in done.stderr
+        assert "tests native sanitizer search encoder pooling norm attention" in done.stderr
 
 
 def test_a_stage_that_works_keeps_its_results(tmp_path):
     results = tmp_path / "results" / "h0"
     results.mkdir(parents=True)
-    (results / "toy.json").write_text('{"rows": [], "op": "toy"}')
+    toy = {"rows": [], "op": "toy"}
+    (results / "toy.json").write_text(json.dumps(toy))
     (results / "torn.json").write_text('{"rows": ')
     done = stage("run", tmp_path, "one", 20, "--results", tmp_path / "results", "--", sys.executable, "-c", "print(7)")
     assert done.returncode == 0, done.stderr
     found = written(tmp_path, "one")
     assert (found["status"], found["returncode"], found["log"].strip()) == ("ok", 0, "7")
-    assert found["results"] == {"h0/toy.json": {"rows": [], "op": "toy"}}
+    assert found["results"] == {"h0/toy.json": toy}
     assert "ok" in stage("table", tmp_path).stdout
     assert stage("unpack", tmp_path, tmp_path / "unpacked").returncode == 0
     assert json.loads((tmp_path / "unpacked" / "h0" / "toy.json").read_text())["op"] == "toy"
+
+
+def test_parts_of_one_benchmark_are_joined(tmp_path):
+    for name in ("one", "two"):
+        document = {"op": "toy", "rows": [{"case": name}], "command": name}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"stage": name, "results": {"h0/toy.json": document}}))
+    assert stage("unpack", tmp_path, tmp_path / "unpacked").returncode == 0
+    joined = {"op": "toy", "rows": [{"case": "one"}, {"case": "two"}], "command": "one; two"}
+    assert json.loads((tmp_path / "unpacked" / "h0" / "toy.json").read_text()) == joined
 
 
 def test_a_stage_that_fails_says_how_it_ended(tmp_path):
@@ -111,7 +121,8 @@ def test_the_walk_without_a_gpu_builds_and_collects_everything(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in out.iterdir())
-    stages = ["attention", "encoder", "native", "norm", "pooling", "sanitizer", "search", "tests"]
+    halves = ["attention", "attention_backward", "attention_tuned"]
+    stages = [*halves, "encoder", "native", "norm", "pooling", "sanitizer", "search", "tests"]
     assert files == sorted(f"{name}.json" for name in ["build", *stages])
     assert written(out, "build")["status"] == "ok"
     assert "/site/leafkern/__init__.py" in written(out, "build")["log"]
@@ -128,10 +139,12 @@ def test_the_walk_without_a_gpu_builds_and_collects_everything(tmp_path):
         for part in parts:
             assert any(argument.endswith(f"/test_{part}.py") for argument in written(out, name)["command"])
     assert "test_pooling" in written(out, "pooling")["log"]
-    assert "test_attention" in written(out, "attention")["log"]
+    for name in halves:
+        assert "test_attention" in written(out, name)["log"]
+    assert "LEAFKERN_AUTOTUNE=1" in written(out, "attention_tuned")["command"]
     assert "test_norm" in written(out, "norm")["log"]
     assert "test_search" in written(out, "search")["log"]
-    assert [line.split()[0] for line in done.stdout.splitlines()[-10:]] == ["stage", *sorted(["build", *stages])]
+    assert [line.split()[0] for line in done.stdout.splitlines()[-12:]] == ["stage", *sorted(["build", *stages])]
 
 
 FAKE_SANITIZER = """#!/bin/bash
