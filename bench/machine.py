@@ -156,24 +156,3 @@ def synchronizer(device: str) -> Callable[[], None]:
     import torch
 
     return torch.cuda.synchronize
-
-
-def as_cuda_graph(call: Callable) -> Callable:
-    """`call`, without arguments, captured once and replayed: timed without Python's cost of launching."""
-    import torch
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-
-    def replay():
-        graph.replay()
-        return out
-
-    return replay

@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ MOST_TOKENS = 16384
 # Graphs kept; what they hold beside their inputs and outputs is shared.
 MOST_GRAPHS = 64
 _LEAST = 16
+
+Result = TypeVar("Result")
 
 
 def token_bucket(tokens: int) -> int:
@@ -36,7 +39,7 @@ def bucket(batch: PackedBatch, longest: int) -> tuple[int, int, int]:
     return token_bucket(batch.input_ids.numel()), next_power_of_2(max(batch.size, 1)), length
 
 
-def capture(call: Callable[[], torch.Tensor], pool=None) -> Callable[[], torch.Tensor]:
+def capture(call: Callable[[], Result], pool=None) -> Callable[[], Result]:
     """`call` as a CUDA graph: a function that replays it and returns its result, which the next replay overwrites.
 
     `call` takes no arguments, does the same launches every time and never waits for the GPU. It runs twice first, so
@@ -53,7 +56,7 @@ def capture(call: Callable[[], torch.Tensor], pool=None) -> Callable[[], torch.T
     with torch.cuda.graph(graph, pool=pool):
         out = call()
 
-    def replay() -> torch.Tensor:
+    def replay() -> Result:
         graph.replay()
         return out
 
