@@ -67,7 +67,7 @@ def add_norm_sum(
 
 def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
     """(..., D) -> (T, D)."""
-    return x if x is None or x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return x if x is None or x.ndim == 2 else x.flatten(0, -2)
 
 
 def _check_rows(x) -> None:
