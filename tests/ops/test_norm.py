@@ -23,7 +23,7 @@ from leafkern.ops._core.norm import NORMS
 from leafkern.ops.norm import APPROXIMATIONS, add_norm, add_norm_sum, bias_gelu, embed_norm, rotary
 from leafkern.ops.norm.reference import brute_add_norm, brute_bias_gelu, brute_embed_norm
 
-SHAPES = [(0, 3), (1, 2), (7, 24), (2, 3, 5), (40, 129)]
+SHAPES = [(0, 3), (1, 20), (7, 24), (2, 3, 16), (40, 129)]
 RAGGED = [[1], [0], [3, 0, 1, 17, 1], [0, 0, 4], [2, 0, 0]]
 
 
@@ -37,7 +37,7 @@ def test_add_norm_equals_definition(dtype, shape, kind):
 @pytest.mark.parametrize(("residual", "bias"), [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("kind", NORMS)
 def test_add_norm_without_residual_or_bias(kind, residual, bias):
-    hold_norm(norm_arguments((9, 8), residual=residual, bias=bias), kind, torch.float32, eps=1e-6)
+    hold_norm(norm_arguments((9, 64), residual=residual, bias=bias), kind, torch.float32, eps=1e-6)
 
 
 @pytest.mark.parametrize("kind", NORMS)

@@ -41,7 +41,7 @@ def add_norm(
 
     Raises InputError for shapes, dtypes or devices that don't fit, an unknown kind and a negative eps.
     """
-    x, residual, eps = _checked_rows(x, residual, weight, bias, eps, kind)
+    eps = _checked_eps(x, residual, weight, bias, eps, kind)
     out, _ = autograd.add_norm(_flat(x), _flat(residual), weight, bias, eps, kind == "layer")
     return out.view(x.shape)
 
@@ -60,22 +60,27 @@ def add_norm_sum(
     Arguments, errors, precision and backends are those of `add_norm`, but the norm is always that of the sum as it is
     returned, and the backward pass keeps that sum, not x and residual. Differentiable once, through both results.
     """
-    x, residual, eps = _checked_rows(x, residual, weight, bias, eps, kind)
+    eps = _checked_eps(x, residual, weight, bias, eps, kind)
     out, total, _ = autograd.add_norm_sum(_flat(x), _flat(residual), weight, bias, eps, kind == "layer")
     return out.view(x.shape), total.view(x.shape)
 
 
 def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
     """(..., D) -> (T, D)."""
-    return x if x is None or x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return x if x is None or x.ndim == 2 else x.flatten(0, -2)
 
 
-def _checked_rows(x, residual, weight, bias, eps, kind):
+def _check_rows(x) -> None:
     if check_floating("x", x).ndim < 2:
         raise InputError(f"x: expected (..., D) of at least 2 dimensions, got shape {tuple(x.shape)}")
+
+
+def _checked_eps(x, residual, weight, bias, eps, kind) -> float:
+    """eps, after the checks that both norms share."""
+    _check_rows(x)
     eps = check_norm(x, residual, weight, bias, eps, kind)
     check_same_device(x=x, residual=residual, weight=weight, bias=bias)
-    return x, residual, eps
+    return eps
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, approximate: str = "none") -> torch.Tensor:
@@ -89,8 +94,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, approximate:
     the common dtype of x and bias. Raises InputError for shapes, dtypes or devices that don't fit and an unknown
     approximation.
     """
-    if check_floating("x", x).ndim < 2:
-        raise InputError(f"x: expected (..., D) of at least 2 dimensions, got shape {tuple(x.shape)}")
+    _check_rows(x)
     if bias is not None and check_floating("bias", bias, ndim=1).shape[0] != x.shape[-1]:
         raise InputError(f"bias: {bias.shape[0]} entries; expected D = {x.shape[-1]}")
     if approximate not in APPROXIMATIONS:
@@ -159,10 +163,10 @@ def embed_norm(
     """
     ids = (torch.int64, torch.int32)
     tokens = check_tensor("input_ids", input_ids, ndim=1, dtypes=ids).shape[0]
-    if token_type_ids is not None and check_tensor("token_type_ids", token_type_ids, ndim=1, dtypes=ids).shape != (
-        tokens,
-    ):
-        raise InputError(f"token_type_ids: {token_type_ids.shape[0]} entries; expected T = {tokens}")
+    if token_type_ids is not None:
+        check_tensor("token_type_ids", token_type_ids, ndim=1, dtypes=ids)
+        if token_type_ids.shape[0] != tokens:
+            raise InputError(f"token_type_ids: {token_type_ids.shape[0]} entries; expected T = {tokens}")
     width = check_floating("word", word, ndim=2).shape[1]
     for name, table in (("word", word), ("position", position), ("token_type", token_type)):
         rows, columns = check_floating(name, table, ndim=2).shape
