@@ -360,7 +360,10 @@ class Encoder:
         vectors = torch.empty(total, width, device=self.device)
         model = self._model()
         was_training = self.module.training
-        self.module.eval()
+        # Setting the mode of every part takes longer than asking for it.
+        training = any(part.training for part in self.module.modules())
+        if training:
+            self.module.eval()
         first = done = 0
         try:
             with torch.inference_mode(), self._arithmetic(), _reporting(progress, total) as report:
@@ -375,7 +378,8 @@ class Encoder:
                         report(done, total)
                     first += len(token_ids)
         finally:
-            self.module.train(was_training)
+            if training:
+                self.module.train(was_training)
         return vectors
 
     def _model(self) -> Callable[[PackedBatch], torch.Tensor]:

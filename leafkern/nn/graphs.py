@@ -1,11 +1,12 @@
 """CUDA graphs of a sentence model, one per bucket of sizes: a forward pass without Python's cost of launching.
 
 A small encoder makes about fifty launches per batch, which can cost Python more time than the GPU. A graph replays them
-at once, but for fixed shapes: a batch is copied into the buffers of the next larger bucket, with empty sequences at its
-end; tokens beyond its last sequence belong to none, and nothing reads what becomes of them. Not timed yet.
+at once, but for fixed shapes: a batch is copied into the buffers of the next larger bucket, whose other tokens make
+sequences of their own behind it. Not timed yet.
 """
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,9 +35,11 @@ def token_bucket(tokens: int) -> int:
 
 def bucket(batch: PackedBatch, longest: int) -> tuple[int, int, int]:
     """(tokens, sequences, max_seqlen) of the smallest bucket that holds `batch`; `longest`: what the model takes."""
+    tokens = batch.input_ids.numel()
     length = max(_LEAST, next_power_of_2(max(batch.max_seqlen, 1)))
     length = max(batch.max_seqlen, min(length, longest))
-    return token_bucket(batch.input_ids.numel()), next_power_of_2(max(batch.size, 1)), length
+    whole = token_bucket(tokens)
+    return whole, next_power_of_2(max(batch.size + -(-(whole - tokens) // length), 1)), length
 
 
 def capture(call: Callable[[], Result], pool=None) -> Callable[[], Result]:
@@ -65,14 +68,13 @@ def capture(call: Callable[[], Result], pool=None) -> Callable[[], Result]:
 
 @dataclass
 class _Captured:
-    """A graph, the buffers that it reads, and the weights that it reads, whose memory it keeps."""
+    """A graph and the buffers that it reads; `weights` keeps the memory of those that it reads as well."""
 
     batch: PackedBatch
+    steps: torch.Tensor
     replay: Callable[[], torch.Tensor]
+    addresses: list[int]
     weights: list[torch.Tensor]
-
-    def reads(self, weights: list[torch.Tensor]) -> bool:
-        return [x.data_ptr() for x in self.weights] == [x.data_ptr() for x in weights]
 
 
 class GraphedModel:
@@ -81,8 +83,8 @@ class GraphedModel:
     module: a SentenceModel in eval mode on a CUDA device, whose forward pass doesn't wait for the GPU. Batches may be
     on the CPU (they are copied through pinned memory) or on the device. The second batch of a bucket captures its
     graph; the first one and those above MOST_TOKENS run as they are. Weights may change in place; replaced ones, and
-    another autocast dtype, capture anew.
-    Threads may share it, and take turns. The result is the caller's own, without a gradient.
+    another autocast dtype, capture anew (a replaced part of the module is not seen: make another GraphedModel). Where
+    capturing fails, a warning says why, and from then on everything runs as it is. Threads may share it, and take turns. The result is the caller's own, without a gradient.
     """
 
     def __init__(self, module: nn.Module, *, capture: Callable = capture):
@@ -90,14 +92,16 @@ class GraphedModel:
         self._capture = capture
         self._known: OrderedDict[tuple, _Captured | None] = OrderedDict()
         self._lock = threading.Lock()
-        self._pool = None
-        self._done = None
+        self._pool = self._stream = None
+        # Asking the module for its parameters takes longer than replaying a small graph.
+        self._places = [(part._parameters, name) for part in module.modules() for name in part._parameters]
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
-        weight = next(self.module.parameters())
+        weight = self._weights()[0]
         # Buffers and results outlive a caller's inference mode, so they must not be made in it.
         with torch.inference_mode(False), torch.no_grad(), on_device(weight):
-            if not 0 < batch.input_ids.numel() <= MOST_TOKENS or batch.token_type_ids is not None:
+            fits = 0 < batch.input_ids.numel() <= MOST_TOKENS and batch.token_type_ids is None
+            if not fits or self._capture is None:
                 return self.module(batch.to(weight.device))
             with self._lock:
                 return self._replayed(batch, weight.device)
@@ -111,35 +115,51 @@ class GraphedModel:
                 self._known.popitem(last=False)
             return self.module(batch.to(device))
         self._known.move_to_end(key)
-        weights = [x.detach() for x in self.module.parameters()]
-        captured = self._known[key]
-        if captured is None or not captured.reads(weights):
-            captured = self._known[key] = self._captured(key, batch, device, weights)
-        # The caller's stream may not be the one of the last call, whose buffers these are.
-        if self._done is not None:
-            torch.cuda.current_stream().wait_event(self._done)
-        _fill(captured.batch, batch)
-        out = captured.replay()[: batch.size].clone()
         if device.type == "cuda":
-            self._done = torch.cuda.current_stream().record_event()
-        return out
+            # The buffers may still be in use on the stream of another caller.
+            stream = torch.cuda.current_stream()
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+        captured = self._known[key]
+        if captured is None or captured.addresses != [x.data_ptr() for x in self._weights()]:
+            try:
+                captured = self._known[key] = self._captured(key, batch, device)
+            except RuntimeError as error:
+                self._capture = None
+                self._known.clear()
+                warnings.warn(f"no CUDA graphs for this model, whose launches are slower: {error}", stacklevel=4)
+                return self.module(batch.to(device))
+        _fill(captured.batch, captured.steps, batch)
+        return captured.replay()[: batch.size].clone()
 
-    def _captured(self, key: tuple, batch: PackedBatch, device: torch.device, weights: list) -> _Captured:
+    def _weights(self) -> list[torch.Tensor]:
+        return [x for parameters, name in self._places if (x := parameters[name]) is not None]
+
+    def _captured(self, key: tuple, batch: PackedBatch, device: torch.device) -> _Captured:
         tokens, sequences, longest, narrow = key
         ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         bounds = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
+        steps = torch.arange(1, sequences + 1, dtype=torch.int32, device=device) * longest
         static = PackedBatch(ids, bounds, longest)
-        _fill(static, batch)
+        _fill(static, steps, batch)
         if device.type == "cuda" and self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         # Autocast keeps narrowed weights until its context ends; a graph must not read them from there.
         with torch.autocast(device.type, dtype=narrow, enabled=narrow is not None, cache_enabled=False):
-            return _Captured(static, self._capture(lambda: self.module(static), self._pool), weights)
+            replay = self._capture(lambda: self.module(static), self._pool)
+        weights = [x.detach() for x in self._weights()]
+        return _Captured(static, steps, replay, [x.data_ptr() for x in weights], weights)
 
 
-def _fill(static: PackedBatch, batch: PackedBatch) -> None:
-    """Copies `batch` to the front of the buffers; sequences beyond it are empty, tokens beyond it stay as they are."""
+def _fill(static: PackedBatch, steps: torch.Tensor, batch: PackedBatch) -> None:
+    """Copies `batch` to the front of the buffers. Tokens behind it stay as they are, in sequences as long as may be.
+
+    steps: 1, 2, 3, ... times the longest length.
+    """
     tokens, sequences, device = batch.input_ids.numel(), batch.size, static.input_ids.device
     static.input_ids[:tokens].copy_(pinned(batch.input_ids, device), non_blocking=True)
     static.cu_seqlens[: sequences + 1].copy_(pinned(batch.cu_seqlens, device), non_blocking=True)
-    static.cu_seqlens[sequences + 1 :].fill_(tokens)
+    behind = static.cu_seqlens[sequences + 1 :]
+    if len(behind):
+        torch.add(steps[: len(behind)], tokens, out=behind).clamp_(max=static.input_ids.numel())

@@ -146,7 +146,7 @@ def test_threads_and_streams_take_turns():
         torch.testing.assert_close(mine, right, rtol=0, atol=1e-5)
 
 
-def test_a_capture_that_fails_leaves_the_model_usable(monkeypatch):
+def test_a_capture_that_fails_leaves_the_model_usable():
     module = model(torch.float32)
     batch = batch_of([20, 30])
 
@@ -154,11 +154,11 @@ def test_a_capture_that_fails_leaves_the_model_usable(monkeypatch):
         return graphs.capture(lambda: call() * float(call().sum()), pool)
 
     graphed = GraphedModel(module, capture=waits)
-    graphed(batch)
-    with pytest.raises(RuntimeError):
-        graphed(batch)
-    with torch.no_grad():
-        assert module(batch.to("cuda")).isfinite().all()
+    expected = graphed(batch)
+    with pytest.warns(UserWarning, match="no CUDA graphs for this model"):
+        found = graphed(batch)
+    assert torch.equal(found, expected)
+    assert torch.equal(graphed(batch), expected)
 
 
 def test_encoding_in_blocks_keeps_the_order(minilm, monkeypatch):
