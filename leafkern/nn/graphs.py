@@ -84,7 +84,8 @@ class GraphedModel:
     on the CPU (they are copied through pinned memory) or on the device. The second batch of a bucket captures its
     graph; the first one and those above MOST_TOKENS run as they are. Weights may change in place; replaced ones, and
     another autocast dtype, capture anew (a replaced part of the module is not seen: make another GraphedModel). Where
-    capturing fails, a warning says why, and from then on everything runs as it is. Threads may share it, and take turns. The result is the caller's own, without a gradient.
+    capturing fails, a warning says why, and from then on everything runs as it is. Threads may share it, and take
+    turns. The result is the caller's own, without a gradient.
     """
 
     def __init__(self, module: nn.Module, *, capture: Callable = capture):
