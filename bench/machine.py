@@ -159,21 +159,19 @@ def synchronizer(device: str) -> Callable[[], None]:
 
 
 def as_cuda_graph(call: Callable) -> Callable:
-    """`call`, without arguments, captured once and replayed: timed without Python's cost of launching."""
+    """`call`, without arguments, captured once and replayed: timed without Python's cost of launching.
+
+    What waits for the GPU is refused beforehand: after a capture that fails, torch's allocator is not to be trusted.
+    """
     import torch
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
+    from leafkern.nn.graphs import capture
 
-    def replay():
-        graph.replay()
-        return out
-
-    return replay
+    call()  # compiles what has to be
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return capture(call)

@@ -5,15 +5,18 @@ at once, but for fixed shapes: a batch is copied into the buffers of the next la
 end; tokens beyond its last sequence belong to none, and nothing reads what becomes of them. Not timed yet.
 """
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from leafkern.nn.packed import PackedBatch, pinned
+from leafkern.ops._core.checks import values_checked
 from leafkern.ops._core.launch import next_power_of_2, on_device
 
 # Above, the GPU takes longer than Python, and a bucket's unused part would cost more than launching.
@@ -21,6 +24,8 @@ MOST_TOKENS = 16384
 # Graphs kept; what they hold beside their inputs and outputs is shared.
 MOST_GRAPHS = 64
 _LEAST = 16
+# A capture waits for the whole device before it begins, which would spoil another that is under way.
+_capturing = threading.Lock()
 
 
 def token_bucket(tokens: int) -> int:
@@ -36,22 +41,41 @@ def bucket(batch: PackedBatch, longest: int) -> tuple[int, int, int]:
     return token_bucket(batch.input_ids.numel()), next_power_of_2(max(batch.size, 1)), length
 
 
+@functools.cache
+def _beside(device: int) -> torch.cuda.Stream:
+    """The stream on which what is captured runs first; one for all, as cuBLAS keeps a workspace for each it meets."""
+    return torch.cuda.Stream(device)
+
+
 def capture(call: Callable[[], torch.Tensor], pool=None) -> Callable[[], torch.Tensor]:
     """`call` as a CUDA graph: a function that replays it and returns its result, which the next replay overwrites.
 
     `call` takes no arguments, does the same launches every time and never waits for the GPU. It runs twice first, so
     that what compiles or allocates once has done so. pool: of `torch.cuda.graph_pool_handle`, for graphs that are never
-    replayed at the same time.
+    replayed at the same time. Other threads may launch and allocate meanwhile, but not wait for the whole device.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    with _capturing:
+        return _capture(call, pool)
+
+
+def _capture(call: Callable[[], torch.Tensor], pool) -> Callable[[], torch.Tensor]:
+    device, pool = torch.cuda.current_device(), pool or torch.cuda.graph_pool_handle()
+    current, side = torch.cuda.current_stream(), _beside(device)
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(2):
             call()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        out = call()
+    try:
+        # The outer one, as a capture that fails leaves its own stream current.
+        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            out = call()
+    except BaseException:
+        # torch 2.11's allocator believes for ever that a capture that failed goes on, and refuses every later one.
+        with suppress(AttributeError, RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, pool)
+        raise
 
     def replay() -> torch.Tensor:
         graph.replay()
@@ -67,9 +91,7 @@ class _Captured:
     batch: PackedBatch
     replay: Callable[[], torch.Tensor]
     weights: list[torch.Tensor]
-
-    def reads(self, weights: list[torch.Tensor]) -> bool:
-        return [x.data_ptr() for x in self.weights] == [x.data_ptr() for x in weights]
+    addresses: list[int]
 
 
 class GraphedModel:
@@ -77,8 +99,8 @@ class GraphedModel:
 
     module: a SentenceModel in eval mode on a CUDA device, whose forward pass doesn't wait for the GPU. Batches may be
     on the CPU (they are copied through pinned memory) or on the device. The second batch of a bucket captures its
-    graph; the first one and those above MOST_TOKENS run as they are. Weights may change in place; replaced ones, and
-    another autocast dtype, capture anew.
+    graph; the first one and those above MOST_TOKENS run as they are, and all where values are checked (LEAFKERN_CHECK),
+    for that waits. Weights may change in place; replaced ones, and another autocast dtype, capture anew.
     Threads may share it, and take turns. The result is the caller's own, without a gradient.
     """
 
@@ -94,7 +116,8 @@ class GraphedModel:
         weight = next(self.module.parameters())
         # Buffers and results outlive a caller's inference mode, so they must not be made in it.
         with torch.inference_mode(False), torch.no_grad(), on_device(weight):
-            if not 0 < batch.input_ids.numel() <= MOST_TOKENS or batch.token_type_ids is not None:
+            as_it_is = batch.token_type_ids is not None or (weight.is_cuda and values_checked(weight))
+            if as_it_is or not 0 < batch.input_ids.numel() <= MOST_TOKENS:
                 return self.module(batch.to(weight.device))
             with self._lock:
                 return self._replayed(batch, weight.device)
@@ -105,13 +128,13 @@ class GraphedModel:
         if key not in self._known:
             self._known[key] = None
             if len(self._known) > MOST_GRAPHS:
-                self._known.popitem(last=False)
+                self._drop_oldest()
             return self.module(batch.to(device))
         self._known.move_to_end(key)
-        weights = [x.detach() for x in self.module.parameters()]
+        addresses = [x.data_ptr() for x in self.module.parameters()]
         captured = self._known[key]
-        if captured is None or not captured.reads(weights):
-            captured = self._known[key] = self._captured(key, batch, device, weights)
+        if captured is None or captured.addresses != addresses:
+            captured = self._known[key] = self._captured(key, batch, device, addresses)
         # The caller's stream may not be the one of the last call, whose buffers these are.
         if self._done is not None:
             torch.cuda.current_stream().wait_event(self._done)
@@ -121,7 +144,13 @@ class GraphedModel:
             self._done = torch.cuda.current_stream().record_event()
         return out
 
-    def _captured(self, key: tuple, batch: PackedBatch, device: torch.device, weights: list) -> _Captured:
+    def _drop_oldest(self) -> None:
+        _, dropped = self._known.popitem(last=False)
+        if dropped is not None and self._done is not None:
+            # Another stream may still read its buffers, and the allocator would give them to whoever asks.
+            self._done.synchronize()
+
+    def _captured(self, key: tuple, batch: PackedBatch, device: torch.device, addresses: list[int]) -> _Captured:
         tokens, sequences, longest, narrow = key
         ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         bounds = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
@@ -131,7 +160,8 @@ class GraphedModel:
             self._pool = torch.cuda.graph_pool_handle()
         # Autocast keeps narrowed weights until its context ends; a graph must not read them from there.
         with torch.autocast(device.type, dtype=narrow, enabled=narrow is not None, cache_enabled=False):
-            return _Captured(static, self._capture(lambda: self.module(static), self._pool), weights)
+            replay = self._capture(lambda: self.module(static), self._pool)
+        return _Captured(static, replay, [x.detach() for x in self.module.parameters()], addresses)
 
 
 def _fill(static: PackedBatch, batch: PackedBatch) -> None:
