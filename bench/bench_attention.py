@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from leafkern.nn.graphs import capture
 from leafkern.ops import varlen_attention
 from leafkern.ops.attention import reference
 from leafkern.ops.attention.choice import WIDE_HEAD
 
 from .harness import Case, Contestant, Work
 from .lengths import lengths
+from .machine import as_cuda_graph
 
 # heads, heads of keys and values, width, causal
 MODELS = {
@@ -196,7 +196,7 @@ def _contestant(
         if i not in calls:
             call = _call(function, sets[i], backward, padded)
             with mock.patch.dict(os.environ, settings or {}):
-                calls[i] = capture(call) if captured else call
+                calls[i] = as_cuda_graph(call) if captured else call
         return calls[i]()
 
     def check(output, i):

@@ -26,10 +26,10 @@ import torch
 
 from leafkern.encode import Encoder
 from leafkern.nn import GraphedModel, pack
-from leafkern.nn.graphs import capture
 
 from .harness import Case, Contestant, Work
 from .lengths import LONGEST, lengths, texts
+from .machine import as_cuda_graph
 
 COUNTS = {"tiny": 8, "small": 64, "full": 256}
 CUDA_COUNTS = {"tiny": 64, "small": 1024, "full": 8192}
@@ -263,7 +263,7 @@ def _one_batch(model, device, dtype, sets, token_sets, held, peers) -> list[Cont
 
     def captured(kind, i):
         if (kind, i) not in replays:
-            replays[kind, i] = capture(functools.partial(eager, kind, i))
+            replays[kind, i] = as_cuda_graph(functools.partial(eager, kind, i))
         return replays[kind, i]()
 
     found = [held("leafkern", run_ours, ours=True)]

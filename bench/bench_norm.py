@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from leafkern.nn.graphs import capture
 from leafkern.ops.norm import add_norm, bias_gelu, embed_norm, rotary
 from leafkern.ops.norm.reference import brute_add_norm, brute_bias_gelu, brute_embed_norm, brute_rotary
 
 from .harness import Case, Contestant, Work
 from .lengths import LONGEST, lengths
+from .machine import as_cuda_graph
 
 EPS = 1e-12
 WORDS = 30522
@@ -150,7 +150,7 @@ def _contestant(name, function, sets, backward, dtype, *, captured=False, slack=
         # Captured at the first call, which is the one that is checked and not timed.
         if i not in calls:
             call = _call(function, sets[i], backward)
-            calls[i] = capture(call) if captured else call
+            calls[i] = as_cuda_graph(call) if captured else call
         return calls[i]()
 
     def check(output, i):

@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from leafkern.nn.graphs import capture
 from leafkern.ops import mean_pool, norm_mean_pool
 from leafkern.ops.pooling.reference import brute_mean_pool, brute_norm_mean_pool
 
 from .harness import Case, Contestant, Work
 from .lengths import lengths
+from .machine import as_cuda_graph
 
 EPS = 1e-12
 # (batch, width)
@@ -142,7 +142,7 @@ def _contestant(name, function, op, sets, backward, dtype, *, padded=False, capt
         # Captured at the first call, which is the one that is checked and not timed.
         if i not in calls:
             call = _call(function, op, sets[i], backward, padded)
-            calls[i] = capture(call) if captured else call
+            calls[i] = as_cuda_graph(call) if captured else call
         return calls[i]()
 
     def check(output, i):

@@ -156,3 +156,22 @@ def synchronizer(device: str) -> Callable[[], None]:
     import torch
 
     return torch.cuda.synchronize
+
+
+def as_cuda_graph(call: Callable) -> Callable:
+    """`call`, without arguments, captured once and replayed: timed without Python's cost of launching.
+
+    What waits for the GPU is refused beforehand: after a capture that fails, torch's allocator is not to be trusted.
+    """
+    import torch
+
+    from leafkern.nn.graphs import capture
+
+    call()  # compiles what has to be
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return capture(call)

@@ -5,10 +5,12 @@ at once, but for fixed shapes: a batch is copied into the buffers of the next la
 sequences of their own behind it. Not timed yet.
 """
 
+import functools
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from leafkern.nn.packed import PackedBatch, pinned
+from leafkern.ops._core.checks import values_checked
 from leafkern.ops._core.launch import next_power_of_2, on_device
 
 # Above, the GPU takes longer than Python, and a bucket's unused part would cost more than launching.
@@ -23,6 +26,8 @@ MOST_TOKENS = 16384
 # Graphs kept; what they hold beside their inputs and outputs is shared.
 MOST_GRAPHS = 64
 _LEAST = 16
+# A capture waits for the whole device before it begins, which would spoil another that is under way.
+_capturing = threading.Lock()
 
 Result = TypeVar("Result")
 
@@ -42,22 +47,41 @@ def bucket(batch: PackedBatch, longest: int) -> tuple[int, int, int]:
     return whole, next_power_of_2(max(batch.size + -(-(whole - tokens) // length), 1)), length
 
 
+@functools.cache
+def _beside(device: int) -> torch.cuda.Stream:
+    """The stream on which what is captured runs first; one for all, as cuBLAS keeps a workspace for each it meets."""
+    return torch.cuda.Stream(device)
+
+
 def capture(call: Callable[[], Result], pool=None) -> Callable[[], Result]:
     """`call` as a CUDA graph: a function that replays it and returns its result, which the next replay overwrites.
 
     `call` takes no arguments, does the same launches every time and never waits for the GPU. It runs twice first, so
     that what compiles or allocates once has done so. pool: of `torch.cuda.graph_pool_handle`, for graphs that are never
-    replayed at the same time.
+    replayed at the same time. Other threads may launch and allocate meanwhile, but not wait for the whole device.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    with _capturing:
+        return _capture(call, pool)
+
+
+def _capture(call: Callable[[], Result], pool) -> Callable[[], Result]:
+    device, pool = torch.cuda.current_device(), pool or torch.cuda.graph_pool_handle()
+    current, side = torch.cuda.current_stream(), _beside(device)
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(2):
             call()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        out = call()
+    try:
+        # The outer one, as a capture that fails leaves its own stream current.
+        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            out = call()
+    except BaseException:
+        # torch 2.11's allocator believes for ever that a capture that failed goes on, and refuses every later one.
+        with suppress(AttributeError, RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, pool)
+        raise
 
     def replay() -> Result:
         graph.replay()
@@ -82,10 +106,10 @@ class GraphedModel:
 
     module: a SentenceModel in eval mode on a CUDA device, whose forward pass doesn't wait for the GPU. Batches may be
     on the CPU (they are copied through pinned memory) or on the device. The second batch of a bucket captures its
-    graph; the first one and those above MOST_TOKENS run as they are. Weights may change in place; replaced ones, and
-    another autocast dtype, capture anew (a replaced part of the module is not seen: make another GraphedModel). Where
-    capturing fails, a warning says why, and from then on everything runs as it is. Threads may share it, and take
-    turns. The result is the caller's own, without a gradient.
+    graph; the first one and those above MOST_TOKENS run as they are, and all where values are checked (LEAFKERN_CHECK),
+    which waits. Weights may change in place; replaced ones, and another autocast dtype, capture anew (a replaced part
+    of the module is not seen: make another GraphedModel). Where capturing fails, a warning says why, and from then on
+    everything runs as it is. Threads may share it, and take turns. The result is the caller's own, without a gradient.
     """
 
     def __init__(self, module: nn.Module, *, capture: Callable = capture):
@@ -102,7 +126,8 @@ class GraphedModel:
         # Buffers and results outlive a caller's inference mode, so they must not be made in it.
         with torch.inference_mode(False), torch.no_grad(), on_device(weight):
             fits = 0 < batch.input_ids.numel() <= MOST_TOKENS and batch.token_type_ids is None
-            if not fits or self._capture is None:
+            waits = weight.is_cuda and values_checked(weight)
+            if not fits or waits or self._capture is None:
                 return self.module(batch.to(weight.device))
             with self._lock:
                 return self._replayed(batch, weight.device)
@@ -113,7 +138,10 @@ class GraphedModel:
         if key not in self._known:
             self._known[key] = None
             if len(self._known) > MOST_GRAPHS:
-                self._known.popitem(last=False)
+                _, dropped = self._known.popitem(last=False)
+                if dropped is not None and self._stream is not None:
+                    # It may still be read there, and the allocator would give its memory to whoever asks.
+                    self._stream.synchronize()
             return self.module(batch.to(device))
         self._known.move_to_end(key)
         if device.type == "cuda":

@@ -126,7 +126,8 @@ class SentenceModel(nn.Module):
             return states.new_zeros(batch.size, self.width, dtype=at_least_float32(states.dtype))
         rows = starts.clamp(max=states.shape[0] - 1) if self.pooling == "cls" else (ends - 1).clamp(min=0)
         picked = states.index_select(0, rows).to(at_least_float32(states.dtype))
-        return picked * (ends > starts)[:, None]
+        # Not a product: the row that stands for an empty sequence is another's, and may hold NaN.
+        return torch.where((ends > starts)[:, None], picked, 0)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """(B, dim); float32 also for half-precision weights."""

@@ -9,12 +9,12 @@ from encoders import Recorder, batch_of, small_model
 
 from leafkern.nn import GraphedModel, graphs
 
-LENGTHS = [[3, 9, 1, 6], [4, 0, 2], [5, 5], [16], [1], [2] * 9, [16] * 5]
+LENGTHS = [[3, 9, 1, 6], [4, 0, 2], [5, 0], [5, 5], [16], [1], [2] * 9, [16] * 5]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_a_bucket_changes_nothing(lengths, pooling):
+def test_a_bucket_changes_nothing(lengths, pooling, poisoned):
     module, recorder = small_model(pooling=pooling, normalize=True), Recorder()
     graphed = GraphedModel(module, capture=recorder)
     for _ in range(4):
