@@ -103,6 +103,24 @@ def test_pad_and_unpad_are_inverse_and_have_exact_gradients():
     assert torch.autograd.gradcheck(padding.unpad, torch.randn(3, 5, 2, dtype=torch.float64, requires_grad=True))
 
 
+def test_compiles_as_one_graph():
+    module = SentenceModel(random_encoder(), normalize=True)
+    weights = torch.randn(4, 24, dtype=torch.float64)
+
+    def vectors_and_gradients(run, batch):
+        module.zero_grad()
+        found = run(batch)
+        (found * weights).sum().backward()
+        return [found.detach(), *(p.grad.clone() for p in module.parameters())]
+
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for lengths in ([3, 9, 1, 6], [4, 0, 2, 7]):
+        batch = pack(random_ids(lengths))
+        expected = vectors_and_gradients(module, batch)
+        for mine, right in zip(vectors_and_gradients(compiled, batch), expected, strict=True):
+            torch.testing.assert_close(mine, right)
+
+
 def test_too_long_a_sequence_is_refused():
     with pytest.raises(InputError, match="a sequence of 17 tokens; this model has 16 positions"):
         random_encoder()(pack(random_ids([17])))
