@@ -12,7 +12,8 @@ Order. A program takes one block of rows of one sequence and `heads` heads one a
 without the host knowing a length: sequence i owns the places from cu_seqlens[i] // ROWS + i on, at least as many as it
 has blocks, so T // ROWS + B places hold all of them, whatever the lengths; a program finds its sequence by search.
 Where B times the blocks of the longest sequence is no more than that, places are counted so, and nothing is searched.
-Heads are the fastest: programs side by side read the same lines of memory.
+Heads are the fastest: programs side by side read the same lines of memory. A tile holds one head of one sequence, cut
+down to the longest one: n short sequences in one tile would take n times the exponentials that they need.
 
 Forward: loop over blocks of keys with running maximum and sum (Dao, arXiv 2307.08691); if all sequences fit one block
 of keys, softmax at once. Backward: `dq_kernel` takes a block of queries, loops over keys, and leaves delta_i =
