@@ -27,7 +27,7 @@ from leafkern.ops.attention.choice import WIDE_HEAD
 
 from .harness import Case, Contestant, Work
 from .lengths import lengths
-from .machine import as_cuda_graph
+from .machine import as_cuda_graph, compiled
 
 # heads, heads of keys and values, width, causal
 MODELS = {
@@ -52,7 +52,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 CACHE_BYTES = 256 << 20  # input sets are rotated until they exceed any cache
 MOST_SETS = 4
 UNIFORM = 512
-# FlexAttention is compiled for each shape, which takes longer than timing it.
+# FlexAttention is compiled for each shape, which takes longer than timing it: only where all input sets have one.
 FLEX_BATCH = 32
 
 
@@ -151,7 +151,7 @@ def _flash(inputs, q, k, v):
 def _flex() -> Callable:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    fused = compiled(flex_attention, dynamic=False)
 
     @cache
     def blocks_of(inputs):
@@ -164,7 +164,7 @@ def _flex() -> Callable:
 
     def run(inputs, q, k, v):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = compiled(q, k, v, block_mask=blocks_of(inputs), enable_gqa=inputs.heads != inputs.kv_heads)
+        out = fused(q, k, v, block_mask=blocks_of(inputs), enable_gqa=inputs.heads != inputs.kv_heads)
         return out[0].transpose(0, 1)
 
     return run
@@ -246,7 +246,7 @@ def _peers(inputs: Inputs, batch: int, cuda: bool, contestant) -> list[Contestan
         found.append(contestant("torch.nn.attention.varlen", _torch_varlen))
     if importlib.util.find_spec("flash_attn"):
         found.append(contestant("flash-attn", _flash))
-    if batch == FLEX_BATCH:
+    if batch == FLEX_BATCH and inputs.even:
         found.append(contestant("FlexAttention", _flex(), **launches))
     return found
 

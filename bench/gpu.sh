@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds leafkern on a GPU machine without network, runs the GPU tests and benchmarks, and leaves one JSON per stage.
 #
-#   bench/gpu.sh OUTDIR [STAGE...]        stages: tests native sanitizer search encoder pooling attention (default: all)
+#   bench/gpu.sh OUTDIR [STAGE...]   stages: tests native sanitizer search encoder pooling norm attention (default: all)
 #
 # The machine brings torch, triton, transformers, sentence-transformers, pytest, setuptools, pybind11 and a compiler;
 # what it lacks comes from .gpu_kit (bench/gpu_kit.sh). Every stage is stopped after STAGE_SECONDS (default 480).
@@ -9,7 +9,7 @@
 # bench/stage.py unpack OUTDIR bench/results   turns the stages' figures into result files.
 set -u
 
-stages_known="tests native sanitizer search encoder pooling attention"
+stages_known="tests native sanitizer search encoder pooling norm attention"
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
     sed -n '2,4p' "$0" | cut -c3- >&2
     exit 2
@@ -75,7 +75,7 @@ pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -o addop
 mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' "$root/tests")
 # The tests of the compiled CPU kernels: that machine's processor may have instructions that this one lacks.
 mapfile -t native_tests < <(grep -rl --include='test_*.py' '_core.native import library' "$root/tests/ops")
-kernel_tests=("$root"/tests/gpu/test_{pooling,attention}_gpu.py)
+kernel_tests=("$root"/tests/gpu/test_{pooling,attention,norm}_gpu.py)
 no_sanitizer() { # why compute-sanitizer can't run here; nothing when it can
     if ! command -v compute-sanitizer >/dev/null; then
         echo "compute-sanitizer is not installed"
@@ -107,6 +107,7 @@ plan() { # the command of one stage: one line each
         search) bench search ;;
         encoder) bench encoder ;;
         pooling) bench pooling ;;
+        norm) bench norm ;;
         attention) bench attention ;;
     esac
 }

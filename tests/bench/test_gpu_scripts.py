@@ -36,7 +36,7 @@ def test_wrong_use_is_exit_2(tmp_path):
     for arguments in ([], ["--help"], [str(tmp_path), "serch"]):
         done = subprocess.run(["bash", str(ROOT / "bench" / "gpu.sh"), *arguments], capture_output=True, text=True)
         assert done.returncode == 2, arguments
-        assert "tests native sanitizer search encoder pooling attention" in done.stderr
+        assert "tests native sanitizer search encoder pooling norm attention" in done.stderr
 
 
 def test_a_stage_that_works_keeps_its_results(tmp_path):
@@ -111,7 +111,7 @@ def test_the_walk_without_a_gpu_builds_and_collects_everything(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in out.iterdir())
-    stages = ["attention", "encoder", "native", "pooling", "sanitizer", "search", "tests"]
+    stages = ["attention", "encoder", "native", "norm", "pooling", "sanitizer", "search", "tests"]
     assert files == sorted(f"{name}.json" for name in ["build", *stages])
     assert written(out, "build")["status"] == "ok"
     assert "/site/leafkern/__init__.py" in written(out, "build")["log"]
@@ -128,9 +128,10 @@ def test_the_walk_without_a_gpu_builds_and_collects_everything(tmp_path):
         for part in parts:
             assert any(argument.endswith(f"/test_{part}.py") for argument in written(out, name)["command"])
     assert "test_pooling" in written(out, "pooling")["log"]
+    assert "test_norm" in written(out, "norm")["log"]
     assert "test_attention" in written(out, "attention")["log"]
     assert "test_search" in written(out, "search")["log"]
-    assert [line.split()[0] for line in done.stdout.splitlines()[-9:]] == ["stage", *sorted(["build", *stages])]
+    assert [line.split()[0] for line in done.stdout.splitlines()[-10:]] == ["stage", *sorted(["build", *stages])]
 
 
 FAKE_SANITIZER = """#!/bin/bash
