@@ -11,6 +11,7 @@ captured, so that what is timed are kernels and not Python's launches.
 import functools
 import gc
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable
 from functools import cache
@@ -136,8 +137,10 @@ def _torch_varlen(inputs, q, k, v):
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest = inputs.cu_seqlens, inputs.longest
-    window = (-1, 0) if inputs.causal else (-1, -1)
-    options = {"window_size": window, "enable_gqa": inputs.heads != inputs.kv_heads}
+    options = {"window_size": (-1, 0) if inputs.causal else (-1, -1)}
+    # torch 2.11 knows no such flag, and takes grouped queries without.
+    if inputs.heads != inputs.kv_heads and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
 
 
