@@ -206,4 +206,5 @@ def pytest_generate_tests(metafunc):
 @pytest.mark.parametrize("op", ["mean_pool", "norm_mean_pool"])
 def test_pooling(bench, bench_session, op, part, device, dtype, batch, width):
     bench(_case(op, part, batch, width, device, dtype, bench_session.peers))
+    _truth.cache_clear()
     gc.collect()

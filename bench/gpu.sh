@@ -75,6 +75,9 @@ pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -o addop
 mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' "$root/tests")
 # The tests of the compiled CPU kernels: that machine's processor may have instructions that this one lacks.
 mapfile -t native_tests < <(grep -rl --include='test_*.py' '_core.native import library' "$root/tests/ops")
+# Over a thousand kernels are compiled, one after the other in a process.
+side_by_side=()
+if "$python" -c 'import xdist' 2>/dev/null; then side_by_side=(-n 8 --dist worksteal); fi
 kernel_tests=("$root"/tests/gpu/test_{pooling,attention,norm}_gpu.py)
 no_sanitizer() { # why compute-sanitizer can't run here; nothing when it can
     if ! command -v compute-sanitizer >/dev/null; then
@@ -98,7 +101,10 @@ bench() { # a benchmark of the installed package on the GPU
 }
 plan() { # the command of one stage: one line each
     case $1 in
-        tests) command=("${pytest[@]}" "${gpu_tests[@]}" -m gpu -rs) ;;
+        tests)
+            command=(env OMP_NUM_THREADS=2 "${pytest[@]}" ${side_by_side[@]+"${side_by_side[@]}"})
+            command+=("${gpu_tests[@]}" -m gpu -rs)
+            ;;
         native) command=("${pytest[@]}" "${native_tests[@]}" -m "not slow and not gpu" -rs) ;;
         sanitizer)
             command=("${pytest[@]}" "${kernel_tests[@]}" -m gpu -k small -x -s)
