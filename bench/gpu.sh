@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds leafkern on a GPU machine without network, runs the GPU tests and benchmarks, and leaves one JSON per stage.
 #
-#   bench/gpu.sh OUTDIR [STAGE...]   stages: tests native sanitizer search encoder pooling norm attention (default: all)
+#   bench/gpu.sh OUTDIR [STAGE...]   stages: tests native sanitizer search encoder pooling norm attention
+#                                     norm-backward attention-backward (default: all)
 #
 # The machine brings torch, triton, transformers, sentence-transformers, pytest, setuptools, pybind11 and a compiler;
 # what it lacks comes from .gpu_kit (bench/gpu_kit.sh). Every stage is stopped after STAGE_SECONDS (default 480).
@@ -9,9 +10,9 @@
 # bench/stage.py unpack OUTDIR bench/results   turns the stages' figures into result files.
 set -u
 
-stages_known="tests native sanitizer search encoder pooling norm attention"
+stages_known="tests native sanitizer search encoder pooling norm attention norm-backward attention-backward"
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
-    sed -n '2,4p' "$0" | cut -c3- >&2
+    sed -n '2,5p' "$0" | cut -c3- >&2
     exit 2
 fi
 mkdir -p "$1" || exit 1
@@ -95,9 +96,9 @@ sanitizer() { # the kernels' small tests under both tools; every allocation its 
     done
 }
 export -f sanitizer
-bench() { # a benchmark of the installed package on the GPU
-    command=("${pytest[@]}" "$site/leafkern/bench/bench_$1.py" --peers --results "$scratch/results/$1")
-    [ -z "$gpu" ] || command+=(-k cuda)
+bench() { # a benchmark of the installed package on the GPU, for a stage; of its cases those that -k selects
+    command=("${pytest[@]}" "$site/leafkern/bench/bench_$1.py" --peers --results "$scratch/results/$2")
+    [ -z "$gpu" ] || command+=(-k "cuda${3:+ and $3}")
 }
 plan() { # the command of one stage: one line each
     case $1 in
@@ -110,11 +111,9 @@ plan() { # the command of one stage: one line each
             command=("${pytest[@]}" "${kernel_tests[@]}" -m gpu -k small -x -s)
             [ -z "$gpu" ] || command=(bash -c 'sanitizer "$@"' sanitizer "${command[@]}")
             ;;
-        search) bench search ;;
-        encoder) bench encoder ;;
-        pooling) bench pooling ;;
-        norm) bench norm ;;
-        attention) bench attention ;;
+        search | encoder | pooling) bench "$1" "$1" ;;
+        norm | attention) bench "$1" "$1" "not backward" ;;
+        *-backward) bench "${1%-backward}" "$1" backward ;;
     esac
 }
 

@@ -132,13 +132,18 @@ def show(lines: list[list[str]]) -> None:
 
 
 def unpack(outdir: Path, folder: Path) -> None:
+    whole: dict[Path, dict] = {}
     for stage in stages(outdir):
         for name, document in stage.get("results", {}).items():
             machine, op = Path(name).parts[-2:]
-            target = folder / machine / op
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-            print(target)
+            # Several stages may each bring a part of one operation's rows.
+            first = whole.setdefault(folder / machine / op, document)
+            if first is not document:
+                first["rows"] += document["rows"]
+    for target, document in whole.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        print(target)
 
 
 def main(arguments: list[str]) -> int:

@@ -54,6 +54,17 @@ def test_a_stage_that_works_keeps_its_results(tmp_path):
     assert json.loads((tmp_path / "unpacked" / "h0" / "toy.json").read_text())["op"] == "toy"
 
 
+def test_parts_of_one_operation_become_one_file(tmp_path):
+    for name, row in (("toy", 1), ("toy-backward", 2)):
+        results = tmp_path / name / "h0"
+        results.mkdir(parents=True)
+        (results / "toy.json").write_text(json.dumps({"rows": [row]}))
+        arguments = ("run", tmp_path, name, 20, "--results", results.parent, "--", "true")
+        assert stage(*arguments).returncode == 0
+    assert stage("unpack", tmp_path, tmp_path / "unpacked").returncode == 0
+    assert sorted(json.loads((tmp_path / "unpacked" / "h0" / "toy.json").read_text())["rows"]) == [1, 2]
+
+
 def test_a_stage_that_fails_says_how_it_ended(tmp_path):
     code = "print('x' * 30_000); print('the last line'); raise SystemExit(3)"
     assert stage("run", tmp_path, "two", 20, "--", sys.executable, "-c", code).returncode == 1
@@ -111,7 +122,8 @@ def test_the_walk_without_a_gpu_builds_and_collects_everything(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in out.iterdir())
-    stages = ["attention", "encoder", "native", "norm", "pooling", "sanitizer", "search", "tests"]
+    halves = ["attention", "attention-backward", "norm", "norm-backward"]
+    stages = [*halves, "encoder", "native", "pooling", "sanitizer", "search", "tests"]
     assert files == sorted(f"{name}.json" for name in ["build", *stages])
     assert written(out, "build")["status"] == "ok"
     assert "/site/leafkern/__init__.py" in written(out, "build")["log"]
@@ -128,10 +140,11 @@ def test_the_walk_without_a_gpu_builds_and_collects_everything(tmp_path):
         for part in parts:
             assert any(argument.endswith(f"/test_{part}.py") for argument in written(out, name)["command"])
     assert "test_pooling" in written(out, "pooling")["log"]
-    assert "test_norm" in written(out, "norm")["log"]
-    assert "test_attention" in written(out, "attention")["log"]
+    for name in halves:
+        assert f"test_{name.removesuffix('-backward')}" in written(out, name)["log"]
     assert "test_search" in written(out, "search")["log"]
-    assert [line.split()[0] for line in done.stdout.splitlines()[-10:]] == ["stage", *sorted(["build", *stages])]
+    first, *named = [line.split()[0] for line in done.stdout.splitlines()[-12:]]
+    assert (first, sorted(named)) == ("stage", sorted(["build", *stages]))
 
 
 FAKE_SANITIZER = """#!/bin/bash
