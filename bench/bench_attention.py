@@ -12,6 +12,7 @@ candidates take minutes to compile.
 import functools
 import gc
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable
 from functools import cache
@@ -28,7 +29,7 @@ from leafkern.ops.attention.choice import WIDE_HEAD
 
 from .harness import Case, Contestant, Work
 from .lengths import lengths
-from .machine import as_cuda_graph
+from .machine import as_cuda_graph, compiled
 
 # heads, heads of keys and values, width, causal
 MODELS = {
@@ -52,7 +53,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 CACHE_BYTES = 256 << 20  # input sets are rotated until they exceed any cache
 MOST_SETS = 4
 UNIFORM = 512
-# FlexAttention is compiled for each shape, which takes longer than timing it: real mixes of one batch size.
+# FlexAttention is compiled for each shape, which takes longer than timing it: only where all input sets have one.
 FLEX_BATCH = 32
 
 
@@ -136,8 +137,10 @@ def _torch_varlen(inputs, q, k, v):
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest = inputs.cu_seqlens, inputs.longest
-    window = (-1, 0) if inputs.causal else (-1, -1)
-    options = {"window_size": window, "enable_gqa": inputs.heads != inputs.kv_heads}
+    options = {"window_size": (-1, 0) if inputs.causal else (-1, -1)}
+    # torch 2.11 knows no such flag, and takes grouped queries without.
+    if inputs.heads != inputs.kv_heads and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
 
 
@@ -151,7 +154,7 @@ def _flash(inputs, q, k, v):
 def _flex() -> Callable:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    fused = compiled(flex_attention, dynamic=False)
 
     @cache
     def blocks_of(inputs):
@@ -164,7 +167,7 @@ def _flex() -> Callable:
 
     def run(inputs, q, k, v):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = compiled(q, k, v, block_mask=blocks_of(inputs), enable_gqa=inputs.heads != inputs.kv_heads)
+        out = fused(q, k, v, block_mask=blocks_of(inputs), enable_gqa=inputs.heads != inputs.kv_heads)
         return out[0].transpose(0, 1)
 
     return run
@@ -246,7 +249,7 @@ def _peers(inputs: Inputs, batch: int, cuda: bool, contestant) -> list[Contestan
         found.append(contestant("torch.nn.attention.varlen", _torch_varlen))
     if importlib.util.find_spec("flash_attn"):
         found.append(contestant("flash-attn", _flash))
-    if batch == FLEX_BATCH and not inputs.even and not inputs.causal:
+    if batch == FLEX_BATCH and inputs.even:
         found.append(contestant("FlexAttention", _flex(), **launches))
     return found
 

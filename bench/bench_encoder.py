@@ -29,7 +29,7 @@ from leafkern.nn import GraphedModel, pack
 
 from .harness import Case, Contestant, Work
 from .lengths import LONGEST, lengths, texts
-from .machine import as_cuda_graph
+from .machine import as_cuda_graph, compiled
 
 COUNTS = {"tiny": 8, "small": 64, "full": 256}
 CUDA_COUNTS = {"tiny": 64, "small": 1024, "full": 8192}
@@ -112,7 +112,7 @@ def _inputs(model: str, mix: str, count: int) -> tuple[list[list[str]], list[lis
 
 @cache
 def _compiled(model: str, device: str, dtype: str):
-    return torch.compile(_transformers(model, device, dtype), dynamic=True)
+    return compiled(_transformers(model, device, dtype), dynamic=True)
 
 
 def _padded(token_ids: list[np.ndarray], device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,11 +270,11 @@ def _one_batch(model, device, dtype, sets, token_sets, held, peers) -> list[Cont
     if peers:
         found.append(held("transformers", functools.partial(eager, backbone)))
     if peers and cuda:
-        compiled = _compiled(model, device, dtype)
+        fused = _compiled(model, device, dtype)
         found += [
-            held("compiled transformers", functools.partial(eager, compiled)),
+            held("compiled transformers", functools.partial(eager, fused)),
             held("transformers, captured", functools.partial(captured, backbone)),
-            held("compiled transformers, captured", functools.partial(captured, compiled)),
+            held("compiled transformers, captured", functools.partial(captured, fused)),
         ]
     return found
 

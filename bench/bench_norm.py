@@ -20,7 +20,7 @@ from leafkern.ops.norm.reference import brute_add_norm, brute_bias_gelu, brute_e
 
 from .harness import Case, Contestant, Work
 from .lengths import LONGEST, lengths
-from .machine import as_cuda_graph
+from .machine import as_cuda_graph, compiled
 
 EPS = 1e-12
 WORDS = 30522
@@ -203,8 +203,8 @@ def _case(op: str, part: str, name: str, tokens: int, device: str, dtype: str, p
     if peers:
         contestants.append(contestant("torch", _peer(EAGER[op]), slack=5, **uncaptured))
         if device == "cuda":
-            compiled = torch.compile(EAGER[op], dynamic=False)
-            contestants.append(contestant("torch.compile", _peer(compiled), slack=5, **uncaptured))
+            peer = _peer(compiled(EAGER[op], dynamic=False))
+            contestants.append(contestant("torch.compile", peer, slack=5, **uncaptured))
     shape = {"model": name, "T": tokens, "D": model.width, "dtype": dtype}
     return Case("norm", f"{op}/{part}/{dtype}/{name}/T{tokens}", shape, work, contestants, count, device)
 

@@ -17,7 +17,7 @@ from leafkern.ops.pooling.reference import brute_mean_pool, brute_norm_mean_pool
 
 from .harness import Case, Contestant, Work
 from .lengths import lengths
-from .machine import as_cuda_graph
+from .machine import as_cuda_graph, compiled
 
 EPS = 1e-12
 # (batch, width)
@@ -188,8 +188,8 @@ def _case(op: str, part: str, batch: int, width: int, device: str, dtype: str, p
     if peers:
         contestants.append(contestant("torch, packed", _packed(_eager(op)), slack=5))
         if captured:
-            compiled = torch.compile(_eager(op), dynamic=True)
-            contestants.append(contestant("torch.compile, packed", _packed(compiled), slack=5))
+            peer = _packed(compiled(_eager(op), dynamic=True))
+            contestants.append(contestant("torch.compile, packed", peer, slack=5))
         contestants.append(contestant("torch, padded", _padded(op), padded=True, slack=5))
     shape = {"B": batch, "D": width, "tokens": first.x.shape[0], "mix": "real", "dtype": dtype}
     name = f"{op}/{part}/{dtype}/B{batch}xD{width}"
@@ -206,4 +206,5 @@ def pytest_generate_tests(metafunc):
 @pytest.mark.parametrize("op", ["mean_pool", "norm_mean_pool"])
 def test_pooling(bench, bench_session, op, part, device, dtype, batch, width):
     bench(_case(op, part, batch, width, device, dtype, bench_session.peers))
+    _truth.cache_clear()
     gc.collect()

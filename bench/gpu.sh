@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds leafkern on a GPU machine without network, runs the GPU tests and benchmarks, and leaves one JSON per stage.
 #
-#   bench/gpu.sh OUTDIR [STAGE...]        stages (all): tests native sanitizer search encoder pooling norm attention
-#                                         attention_backward attention_tuned
+#   bench/gpu.sh OUTDIR [STAGE...]   stages: tests native sanitizer search encoder pooling norm norm-backward
+#                                     attention attention-backward attention-tuned (default: all, near an hour)
 #
 # The machine brings torch, triton, transformers, sentence-transformers, pytest, setuptools, pybind11 and a compiler;
 # what it lacks comes from .gpu_kit (bench/gpu_kit.sh). Every stage is stopped after STAGE_SECONDS (default 480).
@@ -10,7 +10,8 @@
 # bench/stage.py unpack OUTDIR bench/results   turns the stages' figures into result files.
 set -u
 
-stages_known="tests native sanitizer search encoder pooling norm attention attention_backward attention_tuned"
+stages_known="tests native sanitizer search encoder pooling norm norm-backward"
+stages_known+=" attention attention-backward attention-tuned"
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
     sed -n '2,5p' "$0" | cut -c3- >&2
     exit 2
@@ -76,6 +77,9 @@ pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -o addop
 mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' "$root/tests")
 # The tests of the compiled CPU kernels: that machine's processor may have instructions that this one lacks.
 mapfile -t native_tests < <(grep -rl --include='test_*.py' '_core.native import library' "$root/tests/ops")
+# Over a thousand kernels are compiled, one after the other in a process.
+side_by_side=()
+if "$python" -c 'import xdist' 2>/dev/null; then side_by_side=(-n 8 --dist worksteal); fi
 kernel_tests=("$root"/tests/gpu/test_{pooling,attention,norm}_gpu.py)
 no_sanitizer() { # why compute-sanitizer can't run here; nothing when it can
     if ! command -v compute-sanitizer >/dev/null; then
@@ -85,7 +89,8 @@ no_sanitizer() { # why compute-sanitizer can't run here; nothing when it can
         echo "compute-sanitizer: device not supported"
     fi
 }
-sanitizer() { # the kernels' small tests under both tools; every allocation its own, so that no overrun stays inside a pool
+# Every allocation its own, so that no overrun stays inside a pool.
+sanitizer() { # the kernels' small tests of the last dtype, bfloat16, under both tools: all would take half an hour
     local tool
     for tool in memcheck racecheck; do
         echo "compute-sanitizer --tool $tool"
@@ -93,26 +98,26 @@ sanitizer() { # the kernels' small tests under both tools; every allocation its 
     done
 }
 export -f sanitizer
-bench() { # a benchmark of the installed package on the GPU: its name, and which of its cases (default: all)
-    command=("${pytest[@]}" "$site/leafkern/bench/bench_$1.py" --peers --results "$scratch/results/$name")
-    [ -z "$gpu" ] || command+=(-k "cuda ${2:-}")
+bench() { # a benchmark of the installed package on the GPU, for a stage; of its cases those that -k selects
+    command=("${pytest[@]}" "$site/leafkern/bench/bench_$1.py" --peers --results "$scratch/results/$2")
+    [ -z "$gpu" ] || command+=(-k "cuda${3:+ and $3}")
 }
 plan() { # the command of one stage: one line each
     case $1 in
-        tests) command=("${pytest[@]}" "${gpu_tests[@]}" -m gpu -rs) ;;
+        tests)
+            command=(env OMP_NUM_THREADS=2 "${pytest[@]}" ${side_by_side[@]+"${side_by_side[@]}"})
+            command+=("${gpu_tests[@]}" -m gpu -rs)
+            ;;
         native) command=("${pytest[@]}" "${native_tests[@]}" -m "not slow and not gpu" -rs) ;;
         sanitizer)
-            command=("${pytest[@]}" "${kernel_tests[@]}" -m gpu -k small -x -s)
+            command=("${pytest[@]}" "${kernel_tests[@]}" -m gpu -k "small and dtype2" -x -s)
             [ -z "$gpu" ] || command=(bash -c 'sanitizer "$@"' sanitizer "${command[@]}")
             ;;
-        search) bench search ;;
-        encoder) bench encoder ;;
-        pooling) bench pooling ;;
-        norm) bench norm ;;
-        attention) bench attention "and not backward" ;;
-        attention_backward) bench attention "and backward" ;;
-        attention_tuned)
-            bench attention "and real and B32 and (MiniLM or BERT)"
+        search | encoder | pooling) bench "$1" "$1" ;;
+        norm | attention) bench "$1" "$1" "not backward" ;;
+        *-backward) bench "${1%-backward}" "$1" backward ;;
+        attention-tuned)
+            bench attention "$1" "real and B32 and (MiniLM or BERT)"
             command=(env LEAFKERN_AUTOTUNE=1 "${command[@]}")
             ;;
     esac

@@ -101,16 +101,24 @@ def measure(
 
 
 def _checked(contestant: Contestant, case: Case, synchronize) -> tuple[str | None, int | None, float]:
-    """(what is wrong or None, peak memory above the state before the first call, seconds of the fastest call)."""
+    """(what is wrong or None, peak memory above the state before the first call, seconds of the fastest call; on a GPU
+    of one more, for the first on each set may compile, tune and capture)."""
     peak, fastest = None, float("inf")
+
+    def timed(i: int) -> tuple[object, float]:
+        start = time.perf_counter()
+        output = contestant.run(i)
+        synchronize()
+        return output, time.perf_counter() - start
+
     for i in range(case.sets):
         try:
             with peak_memory(case.device) as memory:
-                start = time.perf_counter()
-                output = contestant.run(i)
-                synchronize()
-                fastest = min(fastest, time.perf_counter() - start)
+                output, seconds = timed(i)
+            fastest = min(fastest, seconds)
             wrong = contestant.check(output, i)
+            if case.device == "cuda" and wrong is None and i == case.sets - 1:
+                fastest = timed(i)[1]
         except Exception as error:
             return f"{type(error).__name__}: {error}", peak, fastest
         peak = memory["peak"] if i == 0 else peak

@@ -158,6 +158,16 @@ def synchronizer(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize
 
 
+def compiled(function: Callable, *, dynamic: bool) -> Callable:
+    """torch.compile for as many cases as a benchmark has: of one function torch compiles eight forms, and then, with no
+    more than a line in the log, runs it as it is."""
+    import torch
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 1000
+    return torch.compile(function, dynamic=dynamic)
+
+
 def as_cuda_graph(call: Callable) -> Callable:
     """`call`, without arguments, captured once and replayed: timed without Python's cost of launching.
 

@@ -53,6 +53,13 @@ def _beside(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@functools.cache
+def _apart(device: int, pool: tuple[int, int]) -> torch.cuda.Stream:
+    """The stream on which graphs of one pool are captured: for they keep its workspace, and other pools' graphs may be
+    replayed at the same time."""
+    return torch.cuda.Stream(device)
+
+
 def capture(call: Callable[[], Result], pool=None) -> Callable[[], Result]:
     """`call` as a CUDA graph: a function that replays it and returns its result, which the next replay overwrites.
 
@@ -65,7 +72,9 @@ def capture(call: Callable[[], Result], pool=None) -> Callable[[], Result]:
 
 
 def _capture(call: Callable[[], Result], pool) -> Callable[[], Result]:
-    device, pool = torch.cuda.current_device(), pool or torch.cuda.graph_pool_handle()
+    device = torch.cuda.current_device()
+    stream = None if pool is None else _apart(device, pool)
+    pool = pool or torch.cuda.graph_pool_handle()
     current, side = torch.cuda.current_stream(), _beside(device)
     side.wait_stream(current)
     with torch.cuda.stream(side):
@@ -73,9 +82,10 @@ def _capture(call: Callable[[], Result], pool) -> Callable[[], Result]:
             call()
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    captured = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
     try:
         # The outer one, as a capture that fails leaves its own stream current.
-        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.stream(current), captured:
             out = call()
     except BaseException:
         # torch 2.11's allocator believes for ever that a capture that failed goes on, and refuses every later one.

@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -58,6 +59,23 @@ def test_a_very_slow_peer_is_quoted_by_its_checked_call(monkeypatch):
     assert rows[0]["status"] == "ok"
     assert rows[0]["p50_s"] >= 0.03
     assert rows[1]["rounds"] >= 3
+
+
+def test_on_a_gpu_first_calls_are_no_measure(monkeypatch):
+    monkeypatch.setattr(harness, "ONE_CALL_S", 0.02)
+    monkeypatch.setattr(harness, "synchronizer", lambda device: lambda: None)
+    monkeypatch.setattr(harness, "peak_memory", lambda device: nullcontext({"peak": 0}))
+    compiled = set()
+
+    def run(i):
+        if i not in compiled:
+            compiled.add(i)
+            time.sleep(0.03)
+
+    peer = harness.Contestant("peer", run, lambda got, i: None)
+    (row,) = harness.measure(case(peer, device="cuda", sets=2), CEILINGS, budget=0.1)
+    assert row["rounds"] >= 3
+    assert row["p50_s"] < 0.001
 
 
 def test_percentiles_are_numpys():
