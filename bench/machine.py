@@ -1,6 +1,7 @@
 """The machine of a benchmark: its description, versions, commit, peak memory, and how malloc treats free memory."""
 
 import ctypes
+import functools
 import gc
 import os
 import platform
@@ -76,8 +77,12 @@ def repository() -> Path | None:
     return folder if (folder / ".git").exists() and (folder / "pyproject.toml").exists() else None
 
 
+@functools.cache
 def commit() -> str | None:
-    """The checkout's commit, with "-changed" when tracked files differ from it; LEAFKERN_COMMIT where git is absent."""
+    """The checkout's commit, with "-changed" when tracked files differ from it; LEAFKERN_COMMIT where git is absent.
+
+    As it is when first asked for: a benchmark's own results change the checkout.
+    """
     folder = repository()
     if folder is None:
         return os.environ.get("LEAFKERN_COMMIT")
