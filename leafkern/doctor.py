@@ -84,7 +84,7 @@ _WHY = {
     "native": "the compiled kernels are there",
     "triton": "Triton kernels, compiled at first use",
     "flash": "the package flash-attn",
-    "sdpa": "torch's own attention kernel",
+    "sdpa": "torch's own kernel; attention_mean_pool by the reference",
 }
 
 

@@ -105,9 +105,11 @@ def assert_equal(model, other, ids, mask, given, dtype):
     assert relative(gradients(other, found, weights), right) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("way", ["right", "left", "flat", "whole", "no mask", "a row of padding"])
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_equals_eager(name, dtype, way):
+def test_equals_eager(name, dtype, way, backend, monkeypatch):
+    monkeypatch.setenv("LEAFKERN_BACKEND", f"attention={backend}")
     model = make(name, dtype)
     ids, mask = batch(way)
     if way in ("whole", "no mask"):
@@ -509,3 +511,14 @@ def test_interpreted_kernels_equal_eager(way):
     other = copy.deepcopy(model)
     leafkern.patch(other)
     assert_equal(model, other, ids, mask, given, torch.float32)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("only_triton")
+@pytest.mark.parametrize("way", ["right", "flat"])
+@pytest.mark.parametrize("name", ["modernbert", "qwen2 bidirectional", "mistral sliding"])
+def test_interpreted_attention_equals_eager(name, way):
+    pytest.importorskip("triton")
+    model, (ids, mask) = make(name), batch()
+    given = flat(ids, mask) if way == "flat" else {"input_ids": ids, "attention_mask": mask.long()}
+    assert_equal(model, with_leafkern(model), ids, mask, given, torch.float32)

@@ -127,7 +127,11 @@ def test_doctor_knows_the_backends(gpu):
     assert rows["attention"][0] == "triton"
     gpu.setattr(launch, "missing", lambda: "triton is not installed")
     rows = {operation: rest for operation, *rest in doctor.operations("cuda")}
-    assert rows["attention"] == ["sdpa", "torch's own attention kernel", "triton: triton is not installed"]
+    assert rows["attention"] == [
+        "sdpa",
+        "torch's own kernel; attention_mean_pool by the reference",
+        "triton: triton is not installed",
+    ]
     rows = {operation: rest for operation, *rest in doctor.operations("cpu")}
     assert rows["attention"][0] == "sdpa"
 
