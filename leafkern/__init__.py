@@ -7,7 +7,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_LAZY = {"Encoder": "leafkern.encode", "Index": "leafkern.index", "patch": "leafkern.integrations.transformers"}
+_LAZY = {"Encoder": "leafkern.encode", "Index": "leafkern.index", "patch": "leafkern.integrations.patch"}
 _SUBMODULES = ("bench", "encode", "errors", "evaluate", "index", "nn", "ops", "train")
 
 __all__ = ["Encoder", "Index", "__version__", "patch", *_SUBMODULES]

@@ -468,7 +468,7 @@ def _checked_compute(compute: str | None, dtype: torch.dtype) -> str | None:
 
 def _use_kernels(backbone: TransformersBackbone) -> None:
     """leafkern's attention and norms in a transformers model; where they can't serve it, a warning says why."""
-    from leafkern.integrations.transformers import patch_if_equal
+    from leafkern.integrations.patch import patch_if_equal
 
     texts = [np.arange(length) % backbone.vocabulary for length in (7, 1, 12)]
     batch = pack(texts).to(next(backbone.parameters()).device)

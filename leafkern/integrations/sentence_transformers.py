@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from leafkern.errors import InputError
-from leafkern.integrations.transformers import Patch, equal_states, evaluating, set_attention
+from leafkern.integrations.patch import Patch, equal_states, evaluating, set_attention
 from leafkern.nn.losses import (
     AlignmentLoss,
     DistillLoss,

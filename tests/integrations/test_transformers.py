@@ -356,7 +356,12 @@ REPLACED = {
     "bert": ["attention eager by leafkern", "LayerNorm by add_norm"]
     + ["BertSelfOutput by dense_add_norm", "BertIntermediate by dense_bias_gelu", "BertOutput by dense_add_norm"] * 2,
     "modernbert": ["attention eager by leafkern"] + ["LayerNorm by add_norm"] * 5 + ["GELU by bias_gelu"] * 2,
-    "qwen2": ["attention eager by leafkern"] + ["Qwen2RMSNorm by add_norm"] * 5,
+    "qwen2": ["attention eager by leafkern"]
+    + ["Qwen2RMSNorm by add_norm"] * 5
+    + ["Qwen2Attention by rotary_attention"] * 2,
+    "mistral sliding": ["attention eager by leafkern"]
+    + ["MistralRMSNorm by add_norm"] * 5
+    + ["MistralAttention by rotary_attention"] * 2,
     # Its RMSNorm multiplies by 1 + weight.
     "gemma3": ["attention eager by leafkern"] + ["GELU by bias_gelu"] * 2,
 }
@@ -492,6 +497,30 @@ def test_misuse_of_patch_is_named():
     assert "_leafkern_patch" not in vars(model)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "mistral sliding"])
+def test_a_patched_model_that_fills_a_cache_equals_eager(name):
+    model, (ids, mask) = make(name), batch()
+    expected = model(input_ids=ids, attention_mask=mask.long(), use_cache=True)
+    leafkern.patch(model)
+    found = model(input_ids=ids, attention_mask=mask.long(), use_cache=True)
+    assert relative(found.last_hidden_state[mask], expected.last_hidden_state[mask]) <= TOLERANCE[torch.float32]
+    assert found.past_key_values.get_seq_length() == LONGEST
+
+
+def test_rotary_embeddings_of_neighbouring_pairs_stay(monkeypatch):
+    from transformers.models.qwen2 import modeling_qwen2
+
+    def neighbours(x):
+        return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+    model, (ids, mask) = make("qwen2"), batch()
+    monkeypatch.setattr(modeling_qwen2, "rotate_half", neighbours)
+    given = {"input_ids": ids, "attention_mask": mask.long()}
+    expected = states(model, **given)[mask]
+    assert not any("rotary" in line for line in leafkern.patch(model).replaced)
+    assert relative(states(model, **given)[mask], expected) <= TOLERANCE[torch.float32]
+
+
 # Through Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpreter
 
 
@@ -517,8 +546,10 @@ def test_interpreted_kernels_equal_eager(way):
 @pytest.mark.usefixtures("only_triton")
 @pytest.mark.parametrize("way", ["right", "flat"])
 @pytest.mark.parametrize("name", ["modernbert", "qwen2 bidirectional", "mistral sliding"])
-def test_interpreted_attention_equals_eager(name, way):
+def test_interpreted_kernels_of_other_families_equal_eager(name, way):
     pytest.importorskip("triton")
     model, (ids, mask) = make(name), batch()
     given = flat(ids, mask) if way == "flat" else {"input_ids": ids, "attention_mask": mask.long()}
-    assert_equal(model, with_leafkern(model), ids, mask, given, torch.float32)
+    other = copy.deepcopy(model)
+    leafkern.patch(other)
+    assert_equal(model, other, ids, mask, given, torch.float32)
