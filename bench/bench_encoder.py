@@ -225,7 +225,8 @@ def _tokenizer_alone(encoder: Encoder, sets, token_sets) -> Contestant:
         same = len(output) == len(token_sets[i]) and all(map(np.array_equal, output, token_sets[i]))
         return None if same else "other tokens"
 
-    return Contestant("tokenizer alone", lambda i: encoder.tokenize(sets[i]), check, same_job=False, note="no model")
+    options = {"same_job": False, "limited": False, "note": "no model"}
+    return Contestant("tokenizer alone", lambda i: encoder.tokenize(sets[i]), check, **options)
 
 
 def _from_ids(model, device, dtype, sets, token_sets, held, peers) -> list[Contestant]:

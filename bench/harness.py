@@ -51,6 +51,7 @@ class Contestant:
     check: Callable[[object, int], str | None]
     ours: bool = False
     same_job: bool = True  # False: other precision or no selection; shown, but not the peer that ratios are against
+    limited: bool = True  # False: it leaves out the work that the case's limit counts
     note: str = ""
     values: dict = field(default_factory=dict)  # figures other than time, filled by the check
 
@@ -213,7 +214,7 @@ def _empty_row(case: Case, contestant: Contestant, ceilings, command: str) -> di
         "operations": case.work.operations,
         "unit": case.work.unit,
         "bytes": case.work.bytes,
-        "floor_s": case.work.floor(ceilings),
+        "floor_s": case.work.floor(ceilings) if contestant.limited else None,
         "values": contestant.values,
         "command": command,
     }

@@ -49,6 +49,15 @@ def test_floor_is_the_larger_of_arithmetic_and_memory():
     assert work(bandwidth="absent").floor(CEILINGS) is None
 
 
+def test_less_work_has_no_share_of_the_limit():
+    calls = []
+    ours, part = contestant("leafkern", calls, ours=True), contestant("part", calls, same_job=False, limited=False)
+    rows = harness.measure(case(ours, part), CEILINGS, budget=0.1)
+    assert rows[0]["percent_of_limit"] > 0
+    assert rows[1]["status"] == "ok"
+    assert rows[1]["percent_of_limit"] is None
+
+
 def test_a_very_slow_peer_is_quoted_by_its_checked_call(monkeypatch):
     monkeypatch.setattr(harness, "ONE_CALL_S", 0.02)
     calls = []
