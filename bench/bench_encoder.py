@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-from leafkern.encode import Encoder
+from leafkern.encode import _BATCH_TOKENS, Encoder
 from leafkern.nn import GraphedModel, pack
 
 from .harness import Case, Contestant, Work
@@ -280,8 +280,6 @@ def _one_batch(model, device, dtype, sets, token_sets, held, peers) -> list[Cont
     return found
 
 
-# As Encoder.encode by default.
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
 _PARTS = {"text": _from_text, "forward": _from_ids, "batch": _one_batch}
 
 

@@ -211,14 +211,15 @@ def _case(op: str, part: str, name: str, tokens: int, device: str, dtype: str, p
 
 def pytest_generate_tests(metafunc):
     shapes = SHAPES[metafunc.config.getoption("--size")]
-    metafunc.parametrize(("model", "tokens"), shapes, ids=[f"{model}-T{tokens}" for model, tokens in shapes])
+    cases = [(*where, *shape) for where in DEVICES for shape in shapes]
+    # The largest batches are for GPUs.
+    cases = [case for case in cases if case[0] != "cpu" or case[-1] <= MOST_CPU_TOKENS]
+    ids = [f"{device}-{dtype}-{model}-T{tokens}" for device, dtype, model, tokens in cases]
+    metafunc.parametrize(("device", "dtype", "model", "tokens"), cases, ids=ids)
 
 
-@pytest.mark.parametrize(("device", "dtype"), DEVICES)
 @pytest.mark.parametrize("part", ["forward", "forward and backward"])
 @pytest.mark.parametrize("op", list(OURS))
 def test_norm(bench, bench_session, op, part, device, dtype, model, tokens):
-    if device == "cpu" and tokens > MOST_CPU_TOKENS:
-        pytest.skip("batches of this size are for GPUs")
     bench(_case(op, part, model, tokens, device, dtype, bench_session.peers))
     gc.collect()

@@ -2,8 +2,12 @@
 
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from leafkern.errors import BackendError
+from leafkern.ops._core import backend
 
 
 def bounds(lengths):
@@ -15,6 +19,15 @@ def relative(found, expected):
     """Frobenius error over the norm of what is right, in float64 on the CPU."""
     found, expected = found.double().cpu(), expected.double().cpu()
     return (found - expected).norm() / expected.norm().clamp(min=1e-9)
+
+
+# Lengths of the sequences in a batch, for the kernels that share tokens among programs on a GPU.
+BATCHES = {
+    "one": [1],
+    "ragged": [3, 0, 1, 17, 1],
+    "long and short": [0, 512, 4, 4, 0, 300, 1, 70, 0],
+    "many": [5, 0, 70, 1, 33, 128] * 200,
+}
 
 
 @contextmanager
@@ -29,6 +42,17 @@ def poisoned_memory():
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def served_by_another(monkeypatch, call, reason):
+    """What `call` returns when it is left alone, with a warning that says `reason`; where LEAFKERN_BACKEND forces the
+    backend that can't serve it, it must raise."""
+    with pytest.raises(BackendError, match=reason):
+        call()
+    monkeypatch.delenv("LEAFKERN_BACKEND")
+    backend._warn_once.cache_clear()
+    with pytest.warns(backend.FallbackWarning, match=reason):
+        return call()
 
 
 class LargestTensor(TorchDispatchMode):

@@ -132,7 +132,8 @@ class GraphedModel:
         self._places = [(part._parameters, name) for part in module.modules() for name in part._parameters]
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
-        weight = self._weights()[0]
+        weights = self._weights()
+        weight = weights[0]
         # Buffers and results outlive a caller's inference mode, so they must not be made in it.
         with torch.inference_mode(False), torch.no_grad(), on_device(weight):
             fits = 0 < batch.input_ids.numel() <= MOST_TOKENS and batch.token_type_ids is None
@@ -140,9 +141,10 @@ class GraphedModel:
             if not fits or waits or self._capture is None:
                 return self.module(batch.to(weight.device))
             with self._lock:
-                return self._replayed(batch, weight.device)
+                return self._replayed(batch, weights)
 
-    def _replayed(self, batch: PackedBatch, device: torch.device) -> torch.Tensor:
+    def _replayed(self, batch: PackedBatch, weights: list[torch.Tensor]) -> torch.Tensor:
+        device = weights[0].device
         narrow = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         key = (*bucket(batch, self.module.backbone.max_length), narrow)
         if key not in self._known:
@@ -161,9 +163,9 @@ class GraphedModel:
                 stream.wait_stream(self._stream)
             self._stream = stream
         captured = self._known[key]
-        if captured is None or captured.addresses != [x.data_ptr() for x in self._weights()]:
+        if captured is None or captured.addresses != [x.data_ptr() for x in weights]:
             try:
-                captured = self._known[key] = self._captured(key, batch, device)
+                captured = self._known[key] = self._captured(key, batch, weights)
             except RuntimeError as error:
                 self._capture = None
                 self._known.clear()
@@ -175,8 +177,8 @@ class GraphedModel:
     def _weights(self) -> list[torch.Tensor]:
         return [x for parameters, name in self._places if (x := parameters[name]) is not None]
 
-    def _captured(self, key: tuple, batch: PackedBatch, device: torch.device) -> _Captured:
-        tokens, sequences, longest, narrow = key
+    def _captured(self, key: tuple, batch: PackedBatch, weights: list[torch.Tensor]) -> _Captured:
+        (tokens, sequences, longest, narrow), device = key, weights[0].device
         ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         bounds = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
         steps = torch.arange(1, sequences + 1, dtype=torch.int32, device=device) * longest
@@ -187,8 +189,7 @@ class GraphedModel:
         # Autocast keeps narrowed weights until its context ends; a graph must not read them from there.
         with torch.autocast(device.type, dtype=narrow, enabled=narrow is not None, cache_enabled=False):
             replay = self._capture(lambda: self.module(static), self._pool)
-        weights = [x.detach() for x in self._weights()]
-        return _Captured(static, steps, replay, [x.data_ptr() for x in weights], weights)
+        return _Captured(static, steps, replay, [x.data_ptr() for x in weights], [x.detach() for x in weights])
 
 
 def _fill(static: PackedBatch, steps: torch.Tensor, batch: PackedBatch) -> None:

@@ -94,12 +94,6 @@ class Padding:
         """(B, L) bool: True at tokens."""
         return torch.arange(self.longest, device=self.cu_seqlens.device) < self.lengths[:, None]
 
-    @cached_property
-    def key_mask(self) -> torch.Tensor:
-        """(B, 1, 1, L) bool for attention: an empty sequence keeps one key, so that no softmax is over nothing."""
-        keys = torch.arange(self.longest, device=self.cu_seqlens.device) < self.lengths.clamp(min=1)[:, None]
-        return keys[:, None, None]
-
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """(T, …) -> (B, L, …), zeros where there is no token."""
         if not self.trivial:

@@ -4,6 +4,7 @@ Tests named `small` are also run under compute-sanitizer (bench/gpu.sh, stage "s
 """
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from leafkern.ops.attention import flash, kernels, reference, sdpa, tuning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("only_triton")]
 
+needs_flash = pytest.mark.skipif(find_spec("flash_attn") is None, reason="needs flash-attn, an optional package")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = {
     "one": [1],
@@ -109,10 +111,9 @@ def test_batches_that_fill_the_gpu(lengths, width, dtype):
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (20, 5)])
 @pytest.mark.parametrize("lengths", ["one", "ragged", "long"])
 @pytest.mark.parametrize("width", [32, 96, 128, 192])
-@pytest.mark.parametrize("backend", [flash, sdpa], ids=["flash", "sdpa"])
+@pytest.mark.parametrize("backend", [pytest.param(flash, marks=needs_flash, id="flash"), pytest.param(sdpa, id="sdpa")])
 def test_kernels_of_others(monkeypatch, backend, width, lengths, window):
-    if backend.missing():
-        pytest.skip(backend.missing())
+    assert backend.missing() is None
     monkeypatch.setenv("LEAFKERN_BACKEND", f"attention={backend.__name__.rpartition('.')[2]}")
     for dtype in (torch.float16, torch.bfloat16):
         hold_attention(LENGTHS[lengths], (4, 2), width, dtype, window=window)

@@ -5,7 +5,7 @@ Tests named `small` are also run under compute-sanitizer (bench/gpu.sh, stage "s
 
 import pytest
 import torch
-from compare import bounds, relative
+from compare import BATCHES, bounds, relative
 from norm_cases import (
     WORDS,
     angles,
@@ -27,12 +27,6 @@ from leafkern.ops.norm.reference import brute_add_norm
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("only_triton")]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-LENGTHS = {
-    "one": [1],
-    "ragged": [3, 0, 1, 17, 1],
-    "long and short": [0, 512, 4, 4, 0, 300, 1, 70, 0],
-    "many": [5, 0, 70, 1, 33, 128] * 200,
-}
 
 
 def on_gpu(tensors):
@@ -101,12 +95,12 @@ def test_small_rotary_reads_slices_of_a_packed_tensor():
 @pytest.mark.parametrize("width", [24, 100, 384])
 @pytest.mark.parametrize("lengths", ["one", "ragged", "long and short"])
 def test_small_embed_norm(dtype, width, lengths, types, beyond):
-    hold_embed(LENGTHS[lengths], width, dtype, types=types, beyond=beyond, device="cuda")
+    hold_embed(BATCHES[lengths], width, dtype, types=types, beyond=beyond, device="cuda")
 
 
 def test_small_embed_norm_reads_no_row_that_is_not_there():
     # Tables of their own allocation, for compute-sanitizer; rows beyond the last sequence, and a run of empty ones.
-    ids, cu, tables, kinds = embed_arguments([*LENGTHS["ragged"], *[0] * 300], 24, beyond=70)
+    ids, cu, tables, kinds = embed_arguments([*BATCHES["ragged"], *[0] * 300], 24, beyond=70)
     ids[-70:], kinds[-70:] = 1 << 40, -1
     tables = on_gpu(tables)
     found = embed_norm(ids.cuda(), cu.cuda(), *tables, eps=1e-5, token_type_ids=kinds.cuda())
@@ -118,12 +112,12 @@ def test_small_embed_norm_reads_no_row_that_is_not_there():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_batches_that_fill_the_gpu(dtype):
-    tokens = sum(LENGTHS["many"])
+    tokens = sum(BATCHES["many"])
     for kind in NORMS:
         hold_norm(norm_arguments((tokens, 384), dtype, device="cuda"), kind, dtype)
     hold_gelu(drawn((tokens, 1536), (1536,), dtype=dtype, device="cuda"), "none", dtype)
     hold_rotary(tokens, 12, 12, 64, dtype, device="cuda")
-    hold_embed(LENGTHS["many"], 384, dtype, device="cuda")
+    hold_embed(BATCHES["many"], 384, dtype, device="cuda")
 
 
 def test_rows_beyond_two_to_the_31_entries():
@@ -155,7 +149,7 @@ def layer_arguments(lengths, beyond=0):
 
 
 def test_the_same_bits_every_time():
-    arguments = layer_arguments(LENGTHS["many"])
+    arguments = layer_arguments(BATCHES["many"])
     _, _, tables, weight, bias, _ = arguments
     runs = []
     for _ in range(3):
@@ -167,7 +161,7 @@ def test_the_same_bits_every_time():
 
 def test_under_graph_capture():
     # One graph for a bucket of 1000 tokens, replayed with other ids and lengths than those it was captured with.
-    lengths = LENGTHS["long and short"]
+    lengths = BATCHES["long and short"]
     arguments = layer_arguments(lengths, beyond=1000 - sum(lengths))
     ids, cu, *_ = arguments
     with torch.no_grad():
@@ -228,4 +222,4 @@ def test_the_reference_serves_cuda_too(monkeypatch, dtype):
         hold_norm(norm_arguments((40, 24), dtype, device="cuda"), kind, dtype)
     hold_gelu(drawn((40, 24), (24,), dtype=dtype, device="cuda"), "tanh", dtype)
     hold_rotary(40, 4, 2, 8, dtype, device="cuda")
-    hold_embed(LENGTHS["ragged"], 24, dtype, beyond=2, device="cuda")
+    hold_embed(BATCHES["ragged"], 24, dtype, beyond=2, device="cuda")

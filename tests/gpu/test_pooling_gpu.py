@@ -5,7 +5,7 @@ Tests named `small` are also run under compute-sanitizer (bench/gpu.sh, stage "s
 
 import pytest
 import torch
-from compare import bounds, relative
+from compare import BATCHES, bounds, relative
 from tolerances import TOLERANCE
 
 from leafkern.ops import mean_pool, norm_mean_pool
@@ -16,13 +16,7 @@ from leafkern.ops.pooling.reference import brute_mean_pool, brute_norm_mean_pool
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("only_triton")]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-LENGTHS = {
-    "one": [1],
-    "ragged": [3, 0, 1, 17, 1],
-    "long and short": [0, 512, 4, 4, 0, 300, 1, 70, 0],
-    "alone": [20_000],
-    "many": [5, 0, 70, 1, 33, 128] * 200,
-}
+LENGTHS = BATCHES | {"alone": [20_000]}
 
 
 def hold(arguments, cu, run, definition, dtype):

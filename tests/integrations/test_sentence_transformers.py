@@ -119,11 +119,6 @@ def opened(folder, **options):
     return SentenceTransformer(str(folder), device="cpu", **options)
 
 
-def skip_without_unpadded_input(model):
-    if not hasattr(model[0], "can_flatten_inputs"):
-        pytest.skip("this sentence-transformers always pads")
-
-
 def attributes(model):
     return {path: dict(vars(module)) for path, module in model.named_modules()}
 
@@ -132,7 +127,6 @@ def test_enabled_vectors_are_the_same(tiny_bert):
     from leafkern.integrations.sentence_transformers import enable
 
     model = opened(tiny_bert)
-    skip_without_unpadded_input(model)
     before = attributes(model)
     options = [{}, {"prompt": "search: "}, {"batch_size": 2}, {"convert_to_tensor": True, "truncate_dim": 8}]
     expected = [torch.as_tensor(model.encode(MIXED, **more)) for more in options]
@@ -171,7 +165,6 @@ def test_other_pooling_stays(tiny_bert, mode):
     from leafkern.integrations.sentence_transformers import enable
 
     model = opened(tiny_bert)
-    skip_without_unpadded_input(model)
     model[1].pooling_mode = mode
     expected = model.encode(MIXED, convert_to_tensor=True)
     with enable(model) as done:
@@ -198,8 +191,6 @@ def test_positions_that_do_not_begin_at_zero(tiny_bert, tmp_path):
     RobertaModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model = SentenceTransformer(modules=[Transformer(str(tmp_path), max_seq_length=64), Pooling(32)], device="cpu")
-    if not hasattr(model[0], "_infer_flatten_position_offset"):
-        pytest.skip("this sentence-transformers gives unpadded input other positions")
     expected = model.encode(MIXED, convert_to_tensor=True)
     with enable(model) as done:
         assert done.replaced == UNPADDED
@@ -213,7 +204,6 @@ def test_enabled_model_trains_as_before(tiny_bert, tmp_path):
     for enabled in (False, True):
         model = opened(tiny_bert)
         if enabled:
-            skip_without_unpadded_input(model)
             enable(model)
         model[0].register_forward_pre_hook(lambda _, args: ways.append("cu_seq_lens_q" in args[0]))
         loss = TrainerLoss(model, losses.InfoNCELoss(temperature=0.05))
@@ -260,7 +250,6 @@ def test_where_a_model_needs_padding_it_stays(tiny_bert):
         done.undo()
 
     model = opened(tiny_bert)
-    skip_without_unpadded_input(model)
     model[0].unpad_inputs = False
     padded(model, "unpad_inputs is False")
 
