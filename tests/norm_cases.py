@@ -26,9 +26,9 @@ def angles(tokens, width, dtype=torch.float32, device="cpu"):
     return turned.cos().to(device, dtype), turned.sin().to(device, dtype)
 
 
-def embed_arguments(lengths, width, dtype=torch.float32, *, beyond=0, types=True, bias=True, positions=POSITIONS):
+def embed_arguments(lengths, width, dtype=torch.float32, *, types=True, bias=True, positions=POSITIONS):
     """(ids, cu_seqlens, [tables, weight, bias], token types), on the CPU."""
-    tokens = sum(lengths) + beyond
+    tokens = sum(lengths)
     shapes = [(rows, width) for rows in (WORDS, positions, TYPES)]
     tables = drawn(*shapes, (width,), (width,) if bias else None, dtype=dtype)
     kinds = torch.randint(TYPES, (tokens,)) if types else None
@@ -105,9 +105,9 @@ def hold_rotary(tokens, heads, kv, width, dtype, *, device="cpu"):
     hold(run, lambda q, k: brute_rotary(q, k, *exact), arguments, dtype)
 
 
-def hold_embed(lengths, width, dtype, *, beyond=0, types=True, bias=True, device="cpu"):
+def hold_embed(lengths, width, dtype, *, types=True, bias=True, device="cpu"):
     positions, eps = max([POSITIONS, *lengths]), usual_eps(width)
-    given = embed_arguments(lengths, width, dtype, beyond=beyond, types=types, bias=bias, positions=positions)
+    given = embed_arguments(lengths, width, dtype, types=types, bias=bias, positions=positions)
     ids, cu, tables, kinds = given
     there = [None if x is None else x.to(device) for x in (ids, cu, kinds)]
 
@@ -115,10 +115,27 @@ def hold_embed(lengths, width, dtype, *, beyond=0, types=True, bias=True, device
         out = embed_norm(*there[:2], *tables, eps=eps, token_type_ids=there[2])
         assert out.shape == (len(ids), width)
         assert out.dtype == dtype
-        return out[: sum(lengths)]
+        return out
 
     tables = [None if x is None else x.detach().to(device).requires_grad_() for x in tables]
     hold(run, lambda *a: brute_embed_norm(ids, cu, *a, eps, kinds), tables, dtype)
+
+
+def hold_unchecked(monkeypatch, device="cpu"):
+    """embed_norm where no value is looked at: ids and positions that a table hasn't got take its nearest row."""
+    for name in ("values_checked", "check_cu_seqlens"):
+        monkeypatch.setattr(f"leafkern.ops.norm.{name}", lambda *_: False)
+    ids, cu, tables, kinds = embed_arguments([3, 0, 4], 8, positions=2)
+    ids[[1, 4]], kinds[[0, 6]] = torch.tensor([-5, 1 << 40]), torch.tensor([-1, TYPES])
+    near = ids.clamp(0, WORDS - 1), cu, kinds.clamp(0, TYPES - 1)
+    # Positions 2 and 3 are not there either.
+    long = torch.cat([tables[1], tables[1][-1:], tables[1][-1:]]).detach()
+    expected = brute_embed_norm(*near[:2], tables[0], long, *tables[2:], 1e-5, near[2])
+    there = [x.to(device) for x in (ids, cu, kinds)]
+    moved = [x.detach().to(device).requires_grad_() for x in tables]
+    found = embed_norm(*there[:2], *moved, eps=1e-5, token_type_ids=there[2])
+    assert relative(found, expected) <= TOLERANCE[torch.float32]
+    assert all(x.isfinite().all() for x in torch.autograd.grad(found.sum(), moved))
 
 
 def opcheck(name, *arguments):
@@ -139,9 +156,9 @@ def opcheck_all():
         opcheck("bias_gelu", torch.randn(7, 6, requires_grad=True), bias, True)
         opcheck("bias_gelu_backward", torch.randn(7, 6), x, None if bias is None else bias.detach(), False)
     opcheck("rotary", *drawn((3, 2, 4), (3, 1, 4)), *angles(3, 4), False)
-    ids, cu, tables, kinds = embed_arguments([3, 4], 6, beyond=1)
+    ids, cu, tables, kinds = embed_arguments([3, 4], 6)
     for types in (kinds, None):
         opcheck("embed_norm", ids, cu, *tables, 1e-5, types)
     _, statistics, rows = torch.ops.leafkern.embed_norm(ids, cu, *tables, 1e-5, kinds)
     plain = [table.detach() for table in tables[:-1]]
-    opcheck("embed_norm_backward", torch.randn(8, 6), statistics.detach(), rows, cu, *plain)
+    opcheck("embed_norm_backward", torch.randn(7, 6), statistics.detach(), rows, *plain)

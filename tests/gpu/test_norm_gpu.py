@@ -16,6 +16,7 @@ from norm_cases import (
     hold_gelu,
     hold_norm,
     hold_rotary,
+    hold_unchecked,
     norm_arguments,
 )
 from tolerances import TOLERANCE
@@ -90,24 +91,16 @@ def test_small_rotary_reads_slices_of_a_packed_tensor():
         assert torch.equal(mine, right)
 
 
-@pytest.mark.parametrize(("types", "beyond"), [(True, 0), (False, 7)])
+@pytest.mark.parametrize("types", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [24, 100, 384])
 @pytest.mark.parametrize("lengths", ["one", "ragged", "long and short"])
-def test_small_embed_norm(dtype, width, lengths, types, beyond):
-    hold_embed(BATCHES[lengths], width, dtype, types=types, beyond=beyond, device="cuda")
+def test_small_embed_norm(dtype, width, lengths, types):
+    hold_embed(BATCHES[lengths], width, dtype, types=types, device="cuda")
 
 
-def test_small_embed_norm_reads_no_row_that_is_not_there():
-    # Tables of their own allocation, for compute-sanitizer; rows beyond the last sequence, and a run of empty ones.
-    ids, cu, tables, kinds = embed_arguments([*BATCHES["ragged"], *[0] * 300], 24, beyond=70)
-    ids[-70:], kinds[-70:] = 1 << 40, -1
-    tables = on_gpu(tables)
-    found = embed_norm(ids.cuda(), cu.cuda(), *tables, eps=1e-5, token_type_ids=kinds.cuda())
-    assert torch.isfinite(found).all()
-    grad = torch.ones_like(found)
-    grad[-70:] = torch.nan
-    assert all(torch.isfinite(x).all() for x in torch.autograd.grad(found, tables, grad))
+def test_small_embed_norm_reads_no_row_that_is_not_there(monkeypatch):
+    hold_unchecked(monkeypatch, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,8 +135,8 @@ def layer(ids, cu, tables, weight, bias, turned):
     return add_norm(x, total, weight, bias, eps=1e-5) + k.flatten(1)
 
 
-def layer_arguments(lengths, beyond=0):
-    ids, cu, (*tables, weight, bias), _ = embed_arguments(lengths, 384, beyond=beyond, positions=max(lengths))
+def layer_arguments(lengths):
+    ids, cu, (*tables, weight, bias), _ = embed_arguments(lengths, 384, positions=max(lengths))
     turned = angles(len(ids), 64, device="cuda")
     return ids.cuda(), cu.cuda(), on_gpu(tables), *on_gpu([weight, bias]), turned
 
@@ -162,7 +155,7 @@ def test_the_same_bits_every_time():
 def test_under_graph_capture():
     # One graph for a bucket of 1000 tokens, replayed with other ids and lengths than those it was captured with.
     lengths = BATCHES["long and short"]
-    arguments = layer_arguments(lengths, beyond=1000 - sum(lengths))
+    arguments = layer_arguments([*lengths, 1000 - sum(lengths)])
     ids, cu, *_ = arguments
     with torch.no_grad():
         layer(*arguments)
@@ -170,10 +163,9 @@ def test_under_graph_capture():
         with torch.cuda.graph(graph):
             captured = layer(*arguments)
         ids.copy_(torch.randint(WORDS, (1000,)))
-        cu.copy_(bounds([300, 20, 0, 0, 100, 7, 7, 7, 0]))
+        cu.copy_(bounds([300, 20, 0, 0, 100, 7, 7, 7, 500, 59]))
         graph.replay()
-        used = int(cu[-1])
-        assert torch.equal(captured[:used], layer(*arguments)[:used])
+        assert torch.equal(captured, layer(*arguments))
 
 
 def test_backward_under_graph_capture():
@@ -222,4 +214,4 @@ def test_the_reference_serves_cuda_too(monkeypatch, dtype):
         hold_norm(norm_arguments((40, 24), dtype, device="cuda"), kind, dtype)
     hold_gelu(drawn((40, 24), (24,), dtype=dtype, device="cuda"), "tanh", dtype)
     hold_rotary(40, 4, 2, 8, dtype, device="cuda")
-    hold_embed(BATCHES["ragged"], 24, dtype, beyond=2, device="cuda")
+    hold_embed(BATCHES["ragged"], 24, dtype, device="cuda")

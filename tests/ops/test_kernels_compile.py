@@ -218,7 +218,7 @@ def test_what_norm_launches_is_what_is_listed(launches):
     ids, cu_seqlens = torch.zeros(90, dtype=torch.int64), torch.tensor([0, 40, 90], dtype=torch.int32)
     tables = [torch.randn(rows, 384).bfloat16() for rows in (1000, 512, 2)]
     out, statistics, rows = kernels.embed_norm(ids, cu_seqlens, *tables, weight, bias, 1e-5, None)
-    kernels.embed_norm_backward(out, statistics, rows, cu_seqlens, *tables, weight)
+    kernels.embed_norm_backward(out, statistics, rows, *tables, weight)
     # Each backward pass but that of rotary joins its parts.
     assert len(launches) == 17
     items = [item for item in cubin.shipped() if item.operation == "norm"]

@@ -76,17 +76,16 @@ def check_nonzero_rows(name: str, x: torch.Tensor) -> None:
         )
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int, *, whole: bool = True) -> None:
-    """`cu_seqlens`: int32 (B+1,), from 0 to `tokens`, never falling; not whole: tokens may lie beyond the last."""
+def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
+    """`cu_seqlens`: int32 (B+1,), from 0 to `tokens`, never falling."""
     check_tensor("cu_seqlens", cu_seqlens, ndim=1, dtypes=(torch.int32, torch.int64))
     if cu_seqlens.numel() < 1:
         raise InputError("cu_seqlens: expected B+1 entries, got none")
     if not values_checked(cu_seqlens):
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last > tokens or (whole and last != tokens):
-        most = "" if whole else "at most "
-        raise InputError(f"cu_seqlens: must run from 0 to {most}T = {tokens}; got {first} to {last}")
+    if first != 0 or last != tokens:
+        raise InputError(f"cu_seqlens: must run from 0 to T = {tokens}; got {first} to {last}")
     if (cu_seqlens.diff() < 0).any():
         raise InputError("cu_seqlens: must never fall")
 

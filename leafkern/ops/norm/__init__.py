@@ -150,8 +150,7 @@ def embed_norm(
     """LayerNorm of word[input_ids] + position[place in the sequence] + token_type[token_type_ids], BERT's embeddings.
 
     (Devlin et al., arXiv 1810.04805.) input_ids: (T,) int64 or int32; token_type_ids: likewise, or None for row 0
-    everywhere. cu_seqlens: (B+1,) int32 (int64 is taken too), rising from 0 to at most T: rows of tokens beyond the
-    last sequence hold anything, and gradients that arrive there are ignored. word: (V, D), position: (P, D),
+    everywhere. cu_seqlens: (B+1,) int32 (int64 is taken too), rising from 0 to T. word: (V, D), position: (P, D),
     token_type: (Y, D), any float dtype; no sequence longer than P. weight: (D,); bias: (D,) or None; eps as in
     `add_norm`. Returns (T, D) in the dtype of word; sum and statistics are in at least float32 in Triton, whose D is up
     to 8192; in the reference the sum is rounded to the tables' common dtype. Differentiable once in the tables, weight
@@ -173,16 +172,15 @@ def embed_norm(
         if rows < 1 or columns != width:
             raise InputError(f"{name}: shape {(rows, columns)}; expected at least one row of D = {width}, that of word")
     eps = check_norm(word, None, weight, bias, eps)
-    check_cu_seqlens(cu_seqlens, tokens, whole=False)
+    check_cu_seqlens(cu_seqlens, tokens)
     tables = {"word": word, "position": position, "token_type": token_type}
     check_same_device(
         input_ids=input_ids, cu_seqlens=cu_seqlens, **tables, weight=weight, bias=bias, token_type_ids=token_type_ids
     )
     if values_checked(cu_seqlens):
-        used = int(cu_seqlens[-1])
-        _check_ids("input_ids", input_ids[:used], word)
+        _check_ids("input_ids", input_ids, word)
         if token_type_ids is not None:
-            _check_ids("token_type_ids", token_type_ids[:used], token_type)
+            _check_ids("token_type_ids", token_type_ids, token_type)
         longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
         if longest > position.shape[0]:
             raise InputError(f"cu_seqlens: a sequence of {longest} tokens; position has {position.shape[0]} rows")

@@ -234,7 +234,7 @@ rotary = register(
 
 
 def _table_rows(input_ids, cu_seqlens, word, position, token_type, token_type_ids):
-    """(3, T) int32: the row of each table that a token takes; any one for tokens beyond the last sequence."""
+    """(3, T) int32: the row of each table that a token takes, the nearest there is."""
     token = torch.arange(input_ids.shape[0], device=input_ids.device, dtype=cu_seqlens.dtype)
     begin = cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
     types = torch.zeros_like(token) if token_type_ids is None else token_type_ids
@@ -265,33 +265,32 @@ def _embed_norm_fake(input_ids, cu_seqlens, word, position, token_type, weight, 
 
 
 def _embed_norm_context(ctx, inputs, output):
-    _, cu_seqlens, word, position, token_type, weight, bias, _, token_type_ids = inputs
+    _, _, word, position, token_type, weight, bias, _, token_type_ids = inputs
     _, statistics, rows = output
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.one_type = token_type_ids is None
     ctx.mark_non_differentiable(statistics, rows)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(statistics, rows, cu_seqlens, word, position, token_type, weight)
+    ctx.save_for_backward(statistics, rows, word, position, token_type, weight)
 
 
-def _embed_norm_grad(grad, statistics, rows, cu_seqlens, word, position, token_type, weight):
-    """Gradients of the sum of the embeddings, 0 beyond the last sequence, and of weight and bias, all in the dtype of
-    the statistics: the tables' gradients are sums over many tokens."""
+def _embed_norm_grad(grad, statistics, rows, word, position, token_type, weight):
+    """Gradients of the sum of the embeddings, of weight and of bias, all in the dtype of the statistics: the tables'
+    gradients are sums over many tokens."""
     if _backend(word, position, token_type, weight, grad, norm=True) == "triton":
         from leafkern.ops.norm import kernels
 
-        return kernels.embed_norm_backward(grad, statistics, rows, cu_seqlens, word, position, token_type, weight)
+        return kernels.embed_norm_backward(grad, statistics, rows, word, position, token_type, weight)
     h = _embedded(rows, word, position, token_type).to(statistics.dtype)
-    inside = torch.arange(h.shape[0], device=h.device)[:, None] < cu_seqlens[-1]
-    return norm_backward(torch.where(inside, grad, 0), h, statistics, weight, True)
+    return norm_backward(grad, h, statistics, weight, True)
 
 
-def _embed_norm_grad_fake(grad, statistics, rows, cu_seqlens, word, position, token_type, weight):
+def _embed_norm_grad_fake(grad, statistics, rows, word, position, token_type, weight):
     return tuple(statistics.new_empty(shape) for shape in (grad.shape, weight.shape, weight.shape))
 
 
 register(
-    "embed_norm_backward(Tensor grad, Tensor statistics, Tensor rows, Tensor cu_seqlens, Tensor word, Tensor position,"
+    "embed_norm_backward(Tensor grad, Tensor statistics, Tensor rows, Tensor word, Tensor position,"
     " Tensor token_type, Tensor weight) -> (Tensor, Tensor, Tensor)",
     _embed_norm_grad,
     _embed_norm_grad_fake,
@@ -301,7 +300,7 @@ register(
 def _embed_norm_backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 9
-    _, rows, _, *tables, weight = ctx.saved_tensors
+    _, rows, *tables, weight = ctx.saved_tensors
     dx, dweight, dbias = torch.ops.leafkern.embed_norm_backward(grad, *ctx.saved_tensors)
     found = []
     for place, table in enumerate(tables):

@@ -285,14 +285,12 @@ def embed_norm_kernel(
 
 @triton.jit(do_not_specialize=PLAIN)
 def embed_norm_backward_kernel(
-    grad, statistics, table_rows, cu_seqlens, word, position, token_type, weight, dx, partial, grad_stride,
-    tokens, sequences, chunk,
+    grad, statistics, table_rows, word, position, token_type, weight, dx, partial, grad_stride, tokens, chunk,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     i_chunk = tl.program_id(0).to(tl.int64)
     low = i_chunk * chunk
     high = tl.minimum(low + chunk, tokens)
-    used = tl.load(cu_seqlens + sequences)
     columns = tl.arange(0, COLUMNS)
     inside = columns < WIDTH
     b_weight = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
@@ -306,8 +304,7 @@ def embed_norm_backward_kernel(
         i_position = tl.load(table_rows + tokens + rows, mask=there, other=0).to(tl.int64)
         i_type = tl.load(table_rows + 2 * tokens.to(tl.int64) + rows, mask=there, other=0).to(tl.int64)
         h = _embedded(word, position, token_type, i_word, i_position, i_type, columns, valid, WIDTH)
-        wanted = valid & (rows < used)[:, None]
-        g = tl.load(grad + rows[:, None] * grad_stride + columns[None, :], mask=wanted, other=0.0).to(tl.float32)
+        g = tl.load(grad + rows[:, None] * grad_stride + columns[None, :], mask=valid, other=0.0).to(tl.float32)
         out, dweight, dbias = _norm_gradient(
             g, h, b_weight, dweight, dbias, statistics, rows, high, tokens, WIDTH, "layer"
         )

@@ -270,8 +270,8 @@ def embed_norm(input_ids, cu_seqlens, word, position, token_type, weight, bias, 
     return out, statistics, rows
 
 
-def embed_norm_backward(grad, statistics, rows, cu_seqlens, word, position, token_type, weight):
-    """Gradients of the sum of the embeddings, 0 beyond the last sequence, of weight and of bias, all float32."""
+def embed_norm_backward(grad, statistics, rows, word, position, token_type, weight):
+    """Gradients of the sum of the embeddings, of weight and of bias, all float32."""
     tokens, width = grad.shape
     dx = _floats(word, tokens, width)
     if not dx.numel():
@@ -284,12 +284,11 @@ def embed_norm_backward(grad, statistics, rows, cu_seqlens, word, position, toke
     with on_device(word):
         embed_norm_backward_kernel[programs,](
             grad,
-            *_plain(statistics, rows, cu_seqlens, word, position, token_type, weight),
+            *_plain(statistics, rows, word, position, token_type, weight),
             dx,
             partial,
             grad.stride(0),
             tokens,
-            cu_seqlens.shape[0] - 1,
             chunk,
             **_embed_constants(width, config),
             **config.options,
