@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,17 +33,21 @@ def missing() -> str | None:
     return None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton; Linux only)"
 
 
-def candidates(operation: str, device: torch.device, *dtypes: torch.dtype) -> dict[str, str | None]:
-    """What `choose` takes for an operation with the backends triton and reference, and tensors of `dtypes`.
+def candidates(
+    operation: str, device: torch.device, *dtypes: torch.dtype, native: Callable[[], str | None] | None = None
+) -> dict[str, str | None]:
+    """What `choose` takes for an operation with the backends triton, perhaps native, and reference, and tensors of
+    `dtypes`. native: says why the compiled CPU kernels can't serve, or None when they can; asked on CPU alone.
 
     CPU tensors reach Triton only under TRITON_INTERPRET=1: elsewhere it is no candidate and nobody is warned.
     """
+    on_cpu = {} if native is None or device.type != "cpu" else {"native": native()}
     if device.type == "cpu" and not interpreting():
         reason = "CPU tensors reach triton only under TRITON_INTERPRET=1"
-        return {"reference": None} | ({"triton": reason} if forced_backend(operation) == "triton" else {})
+        return on_cpu | {"reference": None} | ({"triton": reason} if forced_backend(operation) == "triton" else {})
     if device.type not in ("cpu", "cuda"):
         return {"reference": None}
-    return {"triton": missing() or _unsuited(device, dtypes), "reference": None}
+    return {"triton": missing() or _unsuited(device, dtypes), **on_cpu, "reference": None}
 
 
 def _unsuited(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
