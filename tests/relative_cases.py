@@ -3,6 +3,7 @@
 import itertools
 
 import torch
+from hypothesis import strategies as st
 
 from leafkern.ops.relative.reference import brute_relative
 
@@ -62,3 +63,21 @@ def assert_same(found, expected, dtype, what):
     tolerance = 1e-9 if dtype == torch.float64 else 1e-6
     assert abs(loss.double() - expected_loss) <= tolerance * abs(expected_loss) + 1e-15, what
     assert torch.equal(as_counts(gradient), expected_counts), what
+
+
+def any_scores(data, largest):
+    """Drawn by hypothesis: student, teacher (B, B) float32, B <= largest, margin, and mode."""
+    batch = data.draw(st.integers(0, largest))
+    pairs = batch * (batch - 1) // 2
+    value = st.sampled_from([-1.0, -0.5, -0.015, -0.0, 0.0, 0.015, 0.25, 1.0]) | st.floats(-1, 1, width=32)
+    student, teacher = torch.zeros(batch, batch), torch.zeros(batch, batch)
+    rows, columns = torch.triu_indices(batch, batch, 1)
+    for scores in (student, teacher):
+        scores[rows, columns] = torch.tensor(data.draw(st.lists(value, min_size=pairs, max_size=pairs)))
+    margin = data.draw(st.sampled_from([0.0, 0.015, 0.5]) | st.floats(0, 3))
+    return (
+        student,
+        teacher,
+        margin,
+        data.draw(st.tuples(st.booleans(), st.sampled_from([0.0, 0.015, 0.25]) | st.floats(0, 2))),
+    )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from relative_cases import CASES, MODES, assert_same, brute_with_gradient, coarse, noise, scores_of
+from relative_cases import CASES, MODES, any_scores, assert_same, brute_with_gradient, coarse, noise, scores_of
 from tolerances import TOLERANCE
 
 from leafkern.errors import InputError
@@ -176,15 +176,7 @@ def test_only_upper_triangles_are_read_and_strides_are_free(backend, monkeypatch
 @settings(deadline=None, max_examples=150)
 @given(st.data())
 def test_any_scores(data):
-    batch = data.draw(st.integers(0, 9))
-    pairs = batch * (batch - 1) // 2
-    value = st.sampled_from([-1.0, -0.5, -0.015, -0.0, 0.0, 0.015, 0.25, 1.0]) | st.floats(-1, 1, width=32)
-    student, teacher = torch.zeros(batch, batch), torch.zeros(batch, batch)
-    rows, columns = torch.triu_indices(batch, batch, 1)
-    for scores in (student, teacher):
-        scores[rows, columns] = torch.tensor(data.draw(st.lists(value, min_size=pairs, max_size=pairs)))
-    margin = data.draw(st.sampled_from([0.0, 0.015, 0.5]) | st.floats(0, 3))
-    mode = data.draw(st.tuples(st.booleans(), st.sampled_from([0.0, 0.015, 0.25]) | st.floats(0, 2)))
+    student, teacher, margin, mode = any_scores(data, 9)
     expected = brute_with_gradient(student, teacher, margin, *mode)
     for dtype in (torch.float32, torch.float64):
         loss, gradient = relative_scores(student[None].to(dtype), teacher.to(dtype), margin, *mode, True)

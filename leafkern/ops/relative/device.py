@@ -235,7 +235,7 @@ def positions_kernel(ascending, index, positions, margin: tl.float64, pairs, ste
     tl.store(o_positions + 1, _first(ascending, own, margin, pairs, steps, "high"), mask=inside)
 
 
-@triton.jit(do_not_specialize=["pairs", "blocks", "supers", "padded", "shift"])
+@triton.jit(do_not_specialize=["pairs", "blocks", "supers", "shift"])
 def count_kernel(
     ranks,
     digits,
@@ -244,7 +244,6 @@ def count_kernel(
     pairs,
     blocks,
     supers,
-    padded,
     shift,
     DIGIT_BITS: tl.constexpr,
     BLOCK_BITS: tl.constexpr,
@@ -256,7 +255,7 @@ def count_kernel(
     i_super = tl.program_id(0)
     i_width = tl.program_id(1).to(tl.int64)
     ranks += i_width * pairs
-    digits += i_width * padded
+    digits += i_width * blocks << BLOCK_BITS
     counts += i_width * blocks * RADIX
     radix = tl.arange(0, RADIX)
     running = tl.zeros([RADIX], tl.int32)
@@ -293,7 +292,7 @@ def _at_most(counts, sums, block, digit, some, DIGIT_BITS: tl.constexpr, SUPER_B
     return within + tl.load(sums + (block >> SUPER_BITS << DIGIT_BITS) + digit, mask=some, other=0)
 
 
-@triton.jit(do_not_specialize=["pairs", "blocks", "supers", "padded", "shift"])
+@triton.jit(do_not_specialize=["pairs", "blocks", "supers", "shift"])
 def partition_kernel(
     ranks,
     counts,
@@ -302,7 +301,6 @@ def partition_kernel(
     pairs,
     blocks,
     supers,
-    padded,
     shift,
     DIGIT_BITS: tl.constexpr,
     BLOCK_BITS: tl.constexpr,
@@ -331,9 +329,42 @@ def partition_kernel(
     # All nodes before this one are full, with as many of each digit.
     place += (rank >> shift << shift) - (rank >> (shift + DIGIT_BITS) << shift)
     if LAST:
-        tl.store(out + i_width * padded + place, (rank & ((1 << LEAF_BITS) - 1)).to(tl.uint8), mask=inside)
+        leaf = rank & ((1 << LEAF_BITS) - 1)
+        tl.store(out + (i_width * blocks << BLOCK_BITS) + place, leaf.to(tl.uint8), mask=inside)
     else:
         tl.store(out + i_width * pairs + place, rank, mask=inside)
+
+
+@triton.jit
+def _level(
+    end,
+    bound,
+    digits,
+    counts,
+    sums,
+    SHIFT: tl.constexpr,
+    DIGIT_BITS: tl.constexpr,
+    BLOCK_BITS: tl.constexpr,
+    SUPER_BITS: tl.constexpr,
+):
+    # Of the first `end` of the node that `bound` is in: how many have a lower digit, and how many have the same.
+    RADIX: tl.constexpr = 1 << DIGIT_BITS
+    BLOCK: tl.constexpr = 1 << BLOCK_BITS
+    some = end > 0
+    node = bound >> (SHIFT + DIGIT_BITS)
+    digit = (bound >> SHIFT) & (RADIX - 1)
+    last = (node << (SHIFT + DIGIT_BITS)) + end - 1
+    block = last >> BLOCK_BITS
+    lower = _at_most(counts, sums, block, digit - 1, some, DIGIT_BITS, SUPER_BITS)
+    same = _at_most(counts, sums, block, digit, some, DIGIT_BITS, SUPER_BITS) - lower
+    x = tl.arange(0, BLOCK)[None, :]
+    o_digits = digits + (block << BLOCK_BITS)[:, None] + x
+    b_digits = tl.load(o_digits, mask=some[:, None], other=0).to(tl.int32)
+    upto = x <= (last & (BLOCK - 1))[:, None]
+    lower += tl.sum((upto & (b_digits < digit[:, None])).to(tl.int32), 1)
+    same += tl.sum((upto & (b_digits == digit[:, None])).to(tl.int32), 1)
+    # The tables count from the first node on: those before are full.
+    return tl.where(some, lower - (node * digit << SHIFT), 0), tl.where(some, same - (node << SHIFT), 0)
 
 
 @triton.jit
@@ -345,7 +376,6 @@ def _within(
     sums,
     blocks,
     supers,
-    padded,
     LEVELS: tl.constexpr,
     DIGIT_BITS: tl.constexpr,
     LEAF_BITS: tl.constexpr,
@@ -354,42 +384,32 @@ def _within(
 ):
     # How many of the first `end` by S have a t rank below `bound`: at every level those of the node with a lower digit,
     # then on to the node of the same digit, with as many as have it.
-    RADIX: tl.constexpr = 1 << DIGIT_BITS
-    BLOCK: tl.constexpr = 1 << BLOCK_BITS
-    LEAF: tl.constexpr = 1 << LEAF_BITS
     widths = tl.num_programs(1).to(tl.int64)
     i_part = tl.program_id(1).to(tl.int64)
     found = tl.zeros_like(end)
     for level in tl.static_range(LEVELS):
-        SHIFT: tl.constexpr = LEAF_BITS + DIGIT_BITS * (LEVELS - 1 - level)
-        some = end > 0
-        node = bound >> (SHIFT + DIGIT_BITS)
-        digit = (bound >> SHIFT) & (RADIX - 1)
-        last = (node << (SHIFT + DIGIT_BITS)) + end - 1
-        block = last >> BLOCK_BITS
-        level_counts = counts + i_part * blocks * RADIX
-        level_sums = sums + i_part * supers * RADIX
-        lower = _at_most(level_counts, level_sums, block, digit - 1, some, DIGIT_BITS, SUPER_BITS)
-        same = _at_most(level_counts, level_sums, block, digit, some, DIGIT_BITS, SUPER_BITS) - lower
-        x = tl.arange(0, BLOCK)[None, :]
-        o_digits = digits + i_part * padded + (block << BLOCK_BITS)[:, None] + x
-        b_digits = tl.load(o_digits, mask=some[:, None], other=0).to(tl.int32)
-        upto = x <= (last & (BLOCK - 1))[:, None]
-        lower += tl.sum((upto & (b_digits < digit[:, None])).to(tl.int32), 1)
-        same += tl.sum((upto & (b_digits == digit[:, None])).to(tl.int32), 1)
-        # The tables count from the first node on: those before are full.
-        found += tl.where(some, lower - (node * digit << SHIFT), 0)
-        end = tl.where(some, same - (node << SHIFT), 0)
+        lower, end = _level(
+            end,
+            bound,
+            digits + (i_part * blocks << BLOCK_BITS),
+            counts + (i_part * blocks << DIGIT_BITS),
+            sums + (i_part * supers << DIGIT_BITS),
+            LEAF_BITS + DIGIT_BITS * (LEVELS - 1 - level),
+            DIGIT_BITS,
+            BLOCK_BITS,
+            SUPER_BITS,
+        )
+        found += lower
         i_part += widths
+    LEAF: tl.constexpr = 1 << LEAF_BITS
     x = tl.arange(0, LEAF)[None, :]
-    some = (end > 0)[:, None]
-    o_digits = digits + i_part * padded + (bound >> LEAF_BITS << LEAF_BITS)[:, None] + x
-    b_digits = tl.load(o_digits, mask=some, other=0).to(tl.int32)
+    o_digits = digits + (i_part * blocks << BLOCK_BITS) + (bound >> LEAF_BITS << LEAF_BITS)[:, None] + x
+    b_digits = tl.load(o_digits, mask=(end > 0)[:, None], other=0).to(tl.int32)
     lower = (x < end[:, None]) & (b_digits < (bound & (LEAF - 1))[:, None])
     return found + tl.sum(lower.to(tl.int32), 1)
 
 
-@triton.jit(do_not_specialize=["batch", "pairs", "blocks", "supers", "padded", "first"])
+@triton.jit(do_not_specialize=["batch", "pairs", "blocks", "supers", "first"])
 def query_kernel(
     scores,
     positions,
@@ -406,7 +426,6 @@ def query_kernel(
     pairs,
     blocks,
     supers,
-    padded,
     first,
     MODE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -443,7 +462,6 @@ def query_kernel(
             sums,
             blocks,
             supers,
-            padded,
             LEVELS,
             DIGIT_BITS,
             LEAF_BITS,
@@ -458,7 +476,6 @@ def query_kernel(
             sums,
             blocks,
             supers,
-            padded,
             LEVELS,
             DIGIT_BITS,
             LEAF_BITS,

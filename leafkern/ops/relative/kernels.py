@@ -57,7 +57,7 @@ BRUTE_WORK = 3 << 30
 # Working memory that a group of more than one width may take, and what a width takes per pair.
 GROUP_BYTES, WIDTH_BYTES = 256 << 20, 36
 BLOCK = 512
-TILE = {"ROWS": 64, "COLUMNS": 64}
+TILE = {"ROWS": 32, "COLUMNS": 64}
 QUERIES = 32
 SCAN = {"ROWS": 128, "COLUMNS": 16}
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -65,8 +65,8 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 @dataclass(frozen=True)
 class Tree:
-    """How t ranks are cut: bits per level, of a leaf, of a block that is counted through, and of a group of blocks
-    (at most 15 with those of a block: its counts have 16 bits)."""
+    """How t ranks are cut: bits per level, of a leaf, of a block that is counted through (no fewer), and of a group of
+    blocks (at most 15 with those of a block: its counts have 16 bits)."""
 
     digit: int = 6
     leaf: int = 6
@@ -181,7 +181,6 @@ def _by_sorts(student, first, count, order, windows, mode: str, margin: float, g
     pairs = order.shape[0]
     levels, blocks = TREE.levels(pairs), triton.cdiv(pairs, 1 << TREE.block)
     supers, radix = triton.cdiv(blocks, 1 << TREE.group), 1 << TREE.digit
-    padded = triton.cdiv(pairs, 1 << max(TREE.block, TREE.leaf)) << max(TREE.block, TREE.leaf)
     scores, _ = _gathered(student, first, count, order, bad, margin, limits=False)
     ascending, ranks = scores.sort(stable=True)
     positions = order.new_empty(count, pairs, 2)
@@ -189,11 +188,11 @@ def _by_sorts(student, first, count, order, windows, mode: str, margin: float, g
         ascending, ranks, positions, margin, pairs, pairs.bit_length(), BLOCK=BLOCK, **OPTIONS
     )
     del ascending
-    digits = order.new_empty(levels + 1, count, padded, dtype=torch.uint8)
+    digits = order.new_empty(levels + 1, count, blocks << TREE.block, dtype=torch.uint8)
     counts = order.new_empty(levels, count, blocks, radix, dtype=torch.int16)
     sums = order.new_empty(levels, count, supers, radix)
     for level in range(levels):
-        sizes = (pairs, blocks, supers, padded, TREE.leaf + TREE.digit * (levels - 1 - level))
+        sizes = (pairs, blocks, supers, TREE.leaf + TREE.digit * (levels - 1 - level))
         count_kernel[supers, count](ranks, digits[level], counts[level], sums[level], *sizes, **TREE.tables, **OPTIONS)
         scan_kernel[triton.cdiv(radix, SCAN["COLUMNS"]), count](sums[level], supers, RADIX=radix, **SCAN, **OPTIONS)
         last = level == levels - 1
@@ -228,13 +227,75 @@ def _by_sorts(student, first, count, order, windows, mode: str, margin: float, g
         pairs,
         blocks,
         supers,
-        padded,
         first,
         MODE=mode,
-        ROWS=QUERIES,
-        LEVELS=levels,
-        LEAF_BITS=TREE.leaf,
-        **TREE.tables,
+        **_tree_constants(levels),
         **OPTIONS,
     )
     return parts
+
+
+# What is shipped, for the proof without a GPU
+
+TESTED = {
+    "gather teacher fp32",
+    "windows gap fp32",
+    "all pairs gap",
+    "positions fp32",
+    "count i64",
+    "scan",
+    "partition i64",
+    "query 3 gap fp32",
+}
+
+
+def shipped() -> list[Shipped]:
+    """What is launched for B from 91 to MAX_BATCH (two to four levels) and, of these, for the modes and dtypes in use."""
+    found = [_shipped("gather student with limits", gather_kernel, {"limits": "*fp32:16"}, {"BLOCK": BLOCK})]
+    found += [_shipped("scan", scan_kernel, {}, {"RADIX": 1 << TREE.digit, **SCAN})]
+    for mode in ("gap", "place", "both"):
+        found += [_shipped(f"windows {mode}", windows_kernel, {}, {"MODE": mode, "BLOCK": BLOCK}, "fp32")]
+        found += [_shipped(f"all pairs {mode}", brute_kernel, {"limits": "*fp32:16"}, {"MODE": mode, **TILE})]
+        found += [_shipped_query(3, mode, "fp32")]
+    for name, kernel in (("all pairs gap", brute_kernel), ("query 3 gap", query_kernel)):
+        constants = TILE if kernel is brute_kernel else _tree_constants(3)
+        more = {"limits": "*fp32:16", "gradient": None}
+        found += [_shipped(f"{name}, no gradient", kernel, more, {"MODE": "gap", **constants})]
+    for dtype in ("fp32", "fp64"):
+        found += [_shipped("gather teacher", gather_kernel, {"order": None}, {"BLOCK": BLOCK}, dtype)]
+        found += [_shipped("gather student", gather_kernel, {}, {"BLOCK": BLOCK}, dtype)]
+        found += [_shipped("positions", positions_kernel, {}, {"BLOCK": BLOCK}, dtype)]
+    found += [_shipped("windows gap", windows_kernel, {}, {"MODE": "gap", "BLOCK": BLOCK}, "fp64")]
+    found += [_shipped_query(levels, "gap", dtype) for levels, dtype in ((2, "fp32"), (4, "fp32"), (3, "fp64"))]
+    for ranks in ("i64", "i32"):
+        types = {"ranks": f"*{ranks}:16"}
+        found += [_shipped(f"count {ranks}", count_kernel, types, TREE.tables)]
+        for last in (False, True):
+            types = types | {"out": "*u8:16" if last else "*i32:16"}
+            constants = {"LEAF_BITS": TREE.leaf, "LAST": last, **TREE.tables}
+            name = f"partition {ranks}{' into leaves' if last else ''}"
+            found += [_shipped(name, partition_kernel, types, constants)]
+    return found
+
+
+def _tree_constants(levels: int) -> dict:
+    return {"ROWS": QUERIES, "LEVELS": levels, "LEAF_BITS": TREE.leaf, **TREE.tables}
+
+
+def _shipped_query(levels: int, mode: str, dtype: str) -> Shipped:
+    return _shipped(f"query {levels} {mode}", query_kernel, {}, {"MODE": mode, **_tree_constants(levels)}, dtype)
+
+
+def _shipped(name: str, kernel, more: dict, constants: dict, dtype: str = "") -> Shipped:
+    """`more`: types that differ from the usual ones; None: absent. dtype: of the scores, float32 where not named."""
+    scores = f"*{dtype or 'fp32'}:16"
+    types = dict.fromkeys(("scores", "out", "ascending", "gradient"), scores)
+    types |= dict.fromkeys(("order", "windows", "positions", "bad", "sums"), "*i32:16")
+    types |= {"limits": None, "index": "*i64:16", "digits": "*u8:16", "counts": "*i16:16", "partial": "*fp64:16"}
+    types |= dict.fromkeys(("batch", "pairs", "first", "steps", "blocks", "supers", "shift"), "i32")
+    types |= {"margin": "fp64", "gap": "fp64"} | more
+    types = {argument: types[argument] for argument in kernel.arg_names if argument in types}
+    constants = constants | {argument: None for argument, kind in types.items() if kind is None}
+    types = {argument: kind for argument, kind in types.items() if kind is not None}
+    title = f"{name} {dtype}".strip()
+    return Shipped("relative", title, kernel, types, constants, OPTIONS, tested=title in TESTED)
