@@ -250,7 +250,7 @@ TESTED = {
 
 
 def shipped() -> list[Shipped]:
-    """What is launched for B from 91 to MAX_BATCH (two to four levels) and, of these, for the modes and dtypes in use."""
+    """What is launched for B from 91 up (two to four levels) and, of these, for the modes and dtypes in use."""
     found = [_shipped("gather student with limits", gather_kernel, {"limits": "*fp32:16"}, {"BLOCK": BLOCK})]
     found += [_shipped("scan", scan_kernel, {}, {"RADIX": 1 << TREE.digit, **SCAN})]
     for mode in ("gap", "place", "both"):
