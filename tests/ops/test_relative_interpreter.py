@@ -52,7 +52,7 @@ def hold(student, teacher, margin, mode):
 
 @pytest.mark.parametrize(("case", "mode"), CASES_AND_MODES)
 def test_equals_brute(case, mode, form):
-    student, teacher = scores_of(case, 13, torch.float32)
+    student, teacher = scores_of(case, 10, torch.float32)
     hold(student[None], teacher, 0.015, mode)
 
 
@@ -66,7 +66,7 @@ def test_small_batches_and_several_widths(batch, form):
 def test_as_it_is_cut_for_a_gpu(mode, monkeypatch):
     from leafkern.ops.relative import kernels
 
-    student, teacher = scores_of("tied", 18, torch.float32)
+    student, teacher = scores_of("tied", 12, torch.float32)
     for work in (0, kernels.BRUTE_WORK):
         monkeypatch.setattr(kernels, "BRUTE_WORK", work)
         hold(student[None], teacher, 0.5, mode)
@@ -86,17 +86,16 @@ def test_comparisons_are_in_float64(form):
     student[0, 1:] = torch.tensor([margin, *near])
     student[1, 2:] = torch.tensor([-0.0, 1e-30])
     student[2, 3] = -1e-30
-    for teacher in (noise(4, torch.float32), student, -student):
-        hold(student[None], teacher, margin, MODES[0])
-        hold(student[None] - 0.25, teacher, 0.25, MODES[0])
+    for teacher in (noise(4, torch.float32), -student):
+        hold(torch.stack([student, student - 0.25]), teacher, margin, MODES[0])
 
 
 def test_widths_in_groups(monkeypatch, form):
     from leafkern.ops.relative import kernels
 
-    student, teacher = torch.stack([noise(9, torch.float32) for _ in range(3)]), noise(9, torch.float32)
+    student, teacher = torch.stack([noise(6, torch.float32) for _ in range(3)]), noise(6, torch.float32)
     together = relative_scores(student, teacher, 0.015, False, 0.0, True)
-    monkeypatch.setattr(kernels, "GROUP_BYTES", 2 * kernels.WIDTH_BYTES * 36)
+    monkeypatch.setattr(kernels, "GROUP_BYTES", 2 * kernels.WIDTH_BYTES * 15)
     for found, expected in zip(relative_scores(student, teacher, 0.015, False, 0.0, True), together):
         assert torch.equal(found, expected)
     losses, empty = relative_scores(student, teacher, 0.015, False, 0.0, False)
@@ -130,10 +129,10 @@ def test_strides_are_free(form):
     assert torch.equal(found[1], expected[1])
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_scores(form, data):
-    student, teacher, margin, mode = any_scores(data, 7)
+    student, teacher, margin, mode = any_scores(data, 6)
     hold(student[None], teacher, margin, mode)
 
 
