@@ -79,15 +79,17 @@ def test_float64(mode, form):
 
 
 def test_comparisons_are_in_float64(form):
-    # Differences that float32 would round to the margin, from below and above; the margin itself is no float32.
-    margin = 0.3
-    near = torch.tensor(margin).nextafter(torch.tensor([0.0, 1.0]))
-    student = torch.zeros(4, 4)
-    student[0, 1:] = torch.tensor([margin, *near])
-    student[1, 2:] = torch.tensor([-0.0, 1e-30])
-    student[2, 3] = -1e-30
-    for teacher in (noise(4, torch.float32), -student):
-        hold(torch.stack([student, student - 0.25]), teacher, margin, MODES[0])
+    # Margin and differences that float32 would round to one value, on either side.
+    high = torch.tensor(0.3).item()
+    student, teacher = torch.zeros(4, 4), noise(4, torch.float32)
+    student[0, 1:] = torch.tensor([high, high, 0.0])
+    student[1, 2:] = torch.tensor([1e-9, -1e-9])
+    student[2, 3] = -0.0
+    student = torch.stack([student, -student])
+    hold(student, teacher, high + 5e-10, MODES[0])
+    hold(student, -teacher, high + 5e-10, MODES[0])
+    # A window likewise.
+    hold(torch.stack([teacher, -teacher]), student[0], 0.5, (False, high + 5e-10))
 
 
 def test_widths_in_groups(monkeypatch, form):

@@ -260,12 +260,14 @@ def count_kernel(
     radix = tl.arange(0, RADIX)
     running = tl.zeros([RADIX], tl.int32)
     for i_block in range(i_super << SUPER_BITS, tl.minimum((i_super + 1) << SUPER_BITS, blocks)):
-        x = (i_block << BLOCK_BITS) + tl.arange(0, BLOCK)[:, None]
+        x = (i_block << BLOCK_BITS) + tl.arange(0, BLOCK)
         inside = x < pairs
         digit = (tl.load(ranks + x, mask=inside, other=0).to(tl.int32) >> shift) & (RADIX - 1)
         tl.store(digits + x, digit.to(tl.uint8), mask=inside)
         tl.store(counts + i_block * RADIX + radix, running.to(tl.int16))
-        running += tl.sum((inside & (digit <= radix[None, :])).to(tl.int32), 0)
+        # Beyond the end a digit that none is at most.
+        digit = tl.where(inside, digit, RADIX)
+        running += tl.sum((digit[:, None] <= radix[None, :]).to(tl.int32), 0)
     tl.store(sums + (i_width * supers + i_super) * RADIX + radix, running)
 
 
@@ -322,8 +324,8 @@ def partition_kernel(
     rank = tl.load(ranks + x, mask=inside, other=0).to(tl.int32)
     digit = (rank >> shift) & (RADIX - 1)
     lower = tl.arange(0, BLOCK)
-    same = (digit[:, None] == digit[None, :]) & (lower[None, :] < lower[:, None])
-    place = tl.sum(same.to(tl.int32), 1)
+    same = (digit[:, None] == digit[None, :]) & (lower[:, None] < lower[None, :])
+    place = tl.sum(same.to(tl.int32), 0)
     place += _at_most(counts, sums, i_block, digit, inside, DIGIT_BITS, SUPER_BITS)
     place -= _at_most(counts, sums, i_block, digit - 1, inside, DIGIT_BITS, SUPER_BITS)
     # All nodes before this one are full, with as many of each digit.

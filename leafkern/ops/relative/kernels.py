@@ -20,15 +20,17 @@ digit (16 bits, within a group of 2^SUPER_BITS blocks, plus 32 bits per group). 
 to what it counts in one block. t ranks are a permutation, so a node begins at the least of them and all before it are
 full: no node needs a table of its own.
 Work per width, L = ceil((log2 P - LEAF_BITS) / DIGIT_BITS), 3 for B = 4096: 2·P·(L + 1)·64 comparisons of bytes in the
-queries and 2·P·L·64 in building; about 6 instructions each, 2·10¹⁰ integer instructions at B = 4096, which take 1.5 ms
-at the full rate of an H200. Bytes per pair: the sort moves about 120; gather and scatter one sector of 32 bytes each
-for the student's score, the positions and the gradient; a level 4 read twice and 4 scattered; queries read 64 bytes
-and 4 sectors per level, those of the upper levels from the second-level cache and those of the lower ones from lines
-that neighbours share. `limits.md` counts 2·16·P·log2 P. 4 + 3·L launches for a group of widths, besides torch's sort.
+queries and 2·P·L·64 in building. In the machine code for sm_90 that is 7500 instructions per pair in the queries and
+1500 in building (L = 3), for which an H200 at its full rate of issue needs 2.6 ms at B = 4096; all pairs of pairs take
+2.6 instructions each. Bytes per pair: a sort some 110; gather, positions and gradient a sector of 32 bytes each,
+scattered; a level 4 read twice and 4 scattered; a query per level 64 bytes and up to 4 sectors, those of the upper
+levels from the second-level cache and those of the lower ones from lines that neighbours share. The 2·16·P·log2 P bytes
+of the benchmark's limit take half the time of the instructions, which bind. 3 + 3·L launches for a group of widths and
+2 for T, besides torch's.
 
 Working memory per pair (float32): 12 bytes for T (20 with min_gap and ties="reference"), and for each width of a group
-up to 36 in the sort and then in the tree, 48 in all; groups of widths are as large as GROUP_BYTES allows. Nothing waits
-for the GPU. No atomics but on integers; a result depends on its inputs alone.
+36 in the sort and then up to 38 in the tree, 50 in all; groups of widths are as large as GROUP_BYTES allows. Nothing
+waits for the GPU. No atomics but on integers; a result depends on its inputs alone.
 
 Errors: counts are integers. The loss is the sum of P terms in float64, in a tree: its error is at most
 2⁻⁴⁶·(margin + the largest |S - S'|), before it is rounded to the scores' dtype.
@@ -55,12 +57,14 @@ from leafkern.ops.relative.device import (
 # Pairs of pairs over all widths up to which they are all compared. From the operation count; not measured.
 BRUTE_WORK = 3 << 30
 # Working memory that a group of more than one width may take, and what a width takes per pair.
-GROUP_BYTES, WIDTH_BYTES = 256 << 20, 36
+GROUP_BYTES, WIDTH_BYTES = 256 << 20, 38
 BLOCK = 512
 TILE = {"ROWS": 32, "COLUMNS": 64}
 QUERIES = 32
 SCAN = {"ROWS": 128, "COLUMNS": 16}
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# The sums over a block then stay within threads: a third of the instructions.
+COUNT_OPTIONS, PARTITION_OPTIONS = OPTIONS | {"num_warps": 2}, OPTIONS | {"num_warps": 1}
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,9 @@ def _by_sorts(student, first, count, order, windows, mode: str, margin: float, g
     sums = order.new_empty(levels, count, supers, radix)
     for level in range(levels):
         sizes = (pairs, blocks, supers, TREE.leaf + TREE.digit * (levels - 1 - level))
-        count_kernel[supers, count](ranks, digits[level], counts[level], sums[level], *sizes, **TREE.tables, **OPTIONS)
+        count_kernel[supers, count](
+            ranks, digits[level], counts[level], sums[level], *sizes, **TREE.tables, **COUNT_OPTIONS
+        )
         scan_kernel[triton.cdiv(radix, SCAN["COLUMNS"]), count](sums[level], supers, RADIX=radix, **SCAN, **OPTIONS)
         last = level == levels - 1
         after = digits[levels] if last else order.new_empty(count, pairs)
@@ -206,7 +212,7 @@ def _by_sorts(student, first, count, order, windows, mode: str, margin: float, g
             LEAF_BITS=TREE.leaf,
             LAST=last,
             **TREE.tables,
-            **OPTIONS,
+            **PARTITION_OPTIONS,
         )
         ranks = after
     programs = triton.cdiv(pairs, QUERIES)
@@ -298,4 +304,5 @@ def _shipped(name: str, kernel, more: dict, constants: dict, dtype: str = "") ->
     constants = constants | {argument: None for argument, kind in types.items() if kind is None}
     types = {argument: kind for argument, kind in types.items() if kind is not None}
     title = f"{name} {dtype}".strip()
-    return Shipped("relative", title, kernel, types, constants, OPTIONS, tested=title in TESTED)
+    options = {count_kernel: COUNT_OPTIONS, partition_kernel: PARTITION_OPTIONS}.get(kernel, OPTIONS)
+    return Shipped("relative", title, kernel, types, constants, options, tested=title in TESTED)
