@@ -18,7 +18,7 @@ from leafkern.ops._core import cubin, launch
 
 pytestmark = pytest.mark.compile
 
-MOST_TESTED = 40
+MOST_TESTED = 60
 
 if not launch.interpreting():
     TESTED = [item for item in cubin.shipped() if item.tested]
@@ -37,7 +37,7 @@ def test_the_list_is_whole_and_short():
     assert len(names) == len(set(names))
     assert 1 <= len(TESTED) <= MOST_TESTED
     with_kernels = {item.operation for item in items}
-    assert {"attention", "norm", "pooling"} <= with_kernels
+    assert {"attention", "norm", "pooling", "relative"} <= with_kernels
     assert {item.operation for item in TESTED} == with_kernels
     # Every kernel of an operation is tested in at least one configuration.
     assert {id(item.kernel) for item in TESTED} == {id(item.kernel) for item in items}
@@ -222,6 +222,25 @@ def test_what_norm_launches_is_what_is_listed(launches):
     # Each backward pass but that of rotary joins its parts.
     assert len(launches) == 17
     items = [item for item in cubin.shipped() if item.operation == "norm"]
+    listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in items]
+    for kernel in launches:
+        assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed
+
+
+def test_what_relative_launches_is_what_is_listed(launches, monkeypatch):
+    from leafkern.ops.relative import kernels
+
+    student, teacher = torch.rand(2, 40, 40), torch.rand(40, 40)
+    # Each width alone, of 780 pairs: one level.
+    for mode in ((False, 0.0), (True, 0.0), (True, 0.1)):
+        kernels.relative_scores(student, teacher, 0.015, *mode, True)
+    kernels.relative_scores(student, teacher, 0.015, False, 0.0, False)
+    assert len(launches) == 16
+    # 130816 pairs: two levels.
+    monkeypatch.setattr(kernels, "BRUTE_WORK", 0)
+    kernels.relative_scores(torch.rand(1, 512, 512), torch.rand(512, 512), 0.015, False, 0.0, True)
+    assert len(launches) == 16 + 4 + 1 + 2 * 3
+    items = [item for item in cubin.shipped() if item.operation == "relative"]
     listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in items]
     for kernel in launches:
         assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed

@@ -20,7 +20,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "pooling": ("triton", "reference"),
     "norm": ("triton", "reference"),
     "distill": ("reference",),
-    "relative": ("native", "reference"),
+    "relative": ("triton", "native", "reference"),
     "contrastive": ("reference",),
     "quantization": ("reference",),
     "retrieval": ("native", "reference"),

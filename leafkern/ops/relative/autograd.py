@@ -2,13 +2,23 @@
 
 import torch
 
+from leafkern.ops._core import launch
 from leafkern.ops._core.backend import choose
 from leafkern.ops._core.normalize import common_dtype, normalize_rows, normalize_rows_backward
 from leafkern.ops._core.registration import register_loss
 from leafkern.ops.relative import native
 from leafkern.ops.relative.reference import blocked_relative
 
-_BAND = 128
+# Triton counts in 32 bits: places in a matrix, and twice the number of pairs.
+MAX_BATCH = 46340
+
+
+def _backend(scores):
+    # No dtype is asked about: the kernels take float64 too.
+    candidates = launch.candidates("relative", scores.device, native=lambda: native.unsuited(scores))
+    if scores.shape[-1] > MAX_BATCH and candidates.get("triton", "none") is None:
+        candidates["triton"] = f"B = {scores.shape[-1]}, above {MAX_BATCH} (B*B must stay below 2^31)"
+    return choose("relative", candidates)
 
 
 def relative_scores(
@@ -26,14 +36,15 @@ def relative_scores(
     Both are NaN for a width with a score, or for all with a teacher's, that is not finite. B < 3 gives 0. The teacher's
     scores are sorted once for all widths.
     """
-    candidates = {"reference": None}
-    if student_scores.device.type == "cpu":
-        candidates = {"native": native.unsuited(student_scores), "reference": None}
-    backend = choose("relative", candidates)
+    backend = _backend(student_scores)
     batch = student_scores.shape[-1]
     if batch < 3 or student_scores.shape[0] == 0:
         gradient = torch.zeros_like(student_scores) if with_gradient else student_scores.new_empty(0)
         return student_scores.new_zeros(student_scores.shape[0]), gradient
+    if backend == "triton":
+        from leafkern.ops.relative import kernels
+
+        return kernels.relative_scores(student_scores, teacher_scores, margin, reference_ties, min_gap, with_gradient)
     if backend == "native":
         return native.relative_scores(student_scores, teacher_scores, margin, reference_ties, min_gap, with_gradient)
     losses, gradients = [], []
@@ -56,8 +67,10 @@ def _blocked_scores(scores, teacher_scores, margin, reference_ties, min_gap):
 
 def _upper_products(rows, out):
     """The upper triangle of rows @ rows.T into out (B, B), in bands of rows; what lies well below is left as it is."""
-    for start in range(0, rows.shape[0], _BAND):
-        torch.mm(rows[start : start + _BAND], rows[start:].T, out=out[start : start + _BAND, start:])
+    # Narrow bands save nearly half of the products; on a GPU few launches count for more.
+    band = 128 if rows.device.type == "cpu" else 1024
+    for start in range(0, rows.shape[0], band):
+        torch.mm(rows[start : start + band], rows[start:].T, out=out[start : start + band, start:])
 
 
 def _relative_similarity_loss(student, everyone, target, start, dims, margin, reference_ties, min_gap, needs):
