@@ -2,7 +2,8 @@
 # Builds leafkern on a GPU machine without network, runs the GPU tests and benchmarks, and leaves one JSON per stage.
 #
 #   bench/gpu.sh OUTDIR [STAGE...]   stages: tests native sanitizer search encoder pooling norm norm-backward
-#                                     attention attention-backward attention-tuned (default: all, near an hour)
+#                                     relative distill contrastive attention attention-backward attention-tuned
+#                                     (default: all, over an hour)
 #
 # The machine brings torch, triton, transformers, sentence-transformers, pytest, setuptools, pybind11 and a compiler;
 # what it lacks comes from .gpu_kit (bench/gpu_kit.sh). Every stage is stopped after STAGE_SECONDS (default 480).
@@ -11,9 +12,9 @@
 set -u
 
 stages_known="tests native sanitizer search encoder pooling norm norm-backward"
-stages_known+=" attention attention-backward attention-tuned"
+stages_known+=" relative distill contrastive attention attention-backward attention-tuned"
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
-    sed -n '2,5p' "$0" | cut -c3- >&2
+    sed -n '2,7p' "$0" | cut -c3- >&2
     exit 2
 fi
 mkdir -p "$1" || exit 1
@@ -80,7 +81,7 @@ mapfile -t native_tests < <(grep -rl --include='test_*.py' '_core.native import 
 # Over a thousand kernels are compiled, one after the other in a process.
 side_by_side=()
 if "$python" -c 'import xdist' 2>/dev/null; then side_by_side=(-n 8 --dist worksteal); fi
-kernel_tests=("$root"/tests/gpu/test_{pooling,attention,norm}_gpu.py)
+kernel_tests=("$root"/tests/gpu/test_{pooling,attention,norm,relative,distill,contrastive}_gpu.py)
 no_sanitizer() { # why compute-sanitizer can't run here; nothing when it can
     if ! command -v compute-sanitizer >/dev/null; then
         echo "compute-sanitizer is not installed"
@@ -110,10 +111,10 @@ plan() { # the command of one stage: one line each
             ;;
         native) command=("${pytest[@]}" "${native_tests[@]}" -m "not slow and not gpu" -rs) ;;
         sanitizer)
-            command=("${pytest[@]}" "${kernel_tests[@]}" -m gpu -k "small and dtype2" -x -s)
+            command=("${pytest[@]}" "${kernel_tests[@]}" -m gpu -k "small and (dtype2 or relative_gpu)" -x -s)
             [ -z "$gpu" ] || command=(bash -c 'sanitizer "$@"' sanitizer "${command[@]}")
             ;;
-        search | encoder | pooling) bench "$1" "$1" ;;
+        search | encoder | pooling | relative | distill | contrastive) bench "$1" "$1" ;;
         norm | attention) bench "$1" "$1" "not backward" ;;
         *-backward) bench "${1%-backward}" "$1" backward ;;
         attention-tuned)

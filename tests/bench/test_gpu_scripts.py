@@ -122,7 +122,8 @@ def test_the_walk_without_a_gpu_builds_and_collects_everything(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in out.iterdir())
     halves = ["attention", "attention-backward", "attention-tuned", "norm", "norm-backward"]
-    stages = [*halves, "encoder", "native", "pooling", "sanitizer", "search", "tests"]
+    losses = ["contrastive", "distill", "relative"]
+    stages = [*halves, *losses, "encoder", "native", "pooling", "sanitizer", "search", "tests"]
     assert files == sorted(f"{name}.json" for name in ["build", *stages])
     assert written(out, "build")["status"] == "ok"
     assert "/site/leafkern/__init__.py" in written(out, "build")["log"]
@@ -133,17 +134,17 @@ def test_the_walk_without_a_gpu_builds_and_collects_everything(tmp_path):
         assert found["status"] == "skipped", name
         assert found["reason"] in reasons, name
     # The log keeps only its end, and these are many.
-    several = {"tests": ["gpu", "pooling_gpu", "attention_gpu", "norm_gpu"], "native": ["retrieval"]}
+    several = {"tests": ["gpu", "pooling_gpu", "attention_gpu", "norm_gpu", *(f"{name}_gpu" for name in losses)], "native": ["retrieval"]}
     for name, parts in several.items():
         assert "tests collected" in written(out, name)["log"]
         for part in parts:
             assert any(argument.endswith(f"/test_{part}.py") for argument in written(out, name)["command"])
     assert "test_pooling" in written(out, "pooling")["log"]
-    for name in halves:
+    for name in [*halves, *losses]:
         assert f"test_{name.partition('-')[0]}" in written(out, name)["log"]
     assert "LEAFKERN_AUTOTUNE=1" in written(out, "attention-tuned")["command"]
     assert "test_search" in written(out, "search")["log"]
-    first, *named = [line.split()[0] for line in done.stdout.splitlines()[-13:]]
+    first, *named = [line.split()[0] for line in done.stdout.splitlines()[-len(files) - 1 :]]
     assert (first, sorted(named)) == ("stage", sorted(["build", *stages]))
 
 
