@@ -1,0 +1,367 @@
+"""Triton kernels of similarity_loss, distill_loss and alignment_loss, value and gradient together. Not timed yet."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from leafkern.ops._core.launch import multiprocessors, next_power_of_2, norm_config, on_device, unit_columns
+from leafkern.ops.distill.device import (
+    alignment_kernel,
+    finish_kernel,
+    join_kernel,
+    norms_kernel,
+    scores_kernel,
+    weights_kernel,
+)
+from leafkern.ops.distill.reference import KINDS
+from leafkern.ops.relative.autograd import relative_scores
+
+# Bytes of a block of rows' scores, of all widths and the teacher.
+BLOCK = 256 << 20
+# Programs of one launch that keeps a partial sum of each and nothing else.
+MOST_TILES = 1 << 22
+# The widest rows that the alignment kernel holds in registers.
+WIDEST_ALIGNMENT = 16384
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+WEIGHTS = {"ROWS": 32, "COLUMNS": 64}
+JOIN = {"ENTRIES": 1024}
+
+
+def _norms_constants(widths: Sequence[int]) -> dict:
+    """8 entries of a tile per thread."""
+    columns = min(next_power_of_2(widths[0]), 1024)
+    return {"ALIGN": math.gcd(16, *widths), "ROWS": 1024 // columns, "COLUMNS": columns}
+
+
+def _scores_constants(dims: Sequence[int], tile: int, symmetric: bool, tf32: bool) -> dict:
+    precision = "tf32" if tf32 else "ieee"
+    align = math.gcd(16, *dims)
+    return {"ALIGN": align, "SYMMETRIC": symmetric, "PRECISION": precision, "TILE": tile, "DEPTH": 16}
+
+
+def _finish_constants(width: int) -> dict:
+    return {"COLUMNS": min(next_power_of_2(width), 1024), "PARTS": 16}
+
+
+def _alignment_constants(width: int, kind: int, normalize: bool) -> dict:
+    config = norm_config(width, backward=True)
+    return {
+        "WIDTH": width,
+        "KIND": KINDS[kind],
+        "NORMALIZE": normalize,
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+    }
+
+
+def _floats(x: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, device=x.device, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the passes over blocks share. x (B, D): the rows of all ranks; targets: their teachers' parts; inverse
+    (K, B): the inverse norms of the prefixes `dims`; wide: x in float32, where a gradient is wanted."""
+
+    x: torch.Tensor
+    targets: tuple[torch.Tensor, ...]
+    dims: tuple[int, ...]
+    inverse: torch.Tensor
+    wide: torch.Tensor | None
+
+    @property
+    def segments(self) -> list[slice]:
+        """Of the columns, from the widest prefix down, what the next one leaves out."""
+        return [slice(low, high) for high, low in zip(self.dims, (*self.dims[1:], 0))]
+
+
+def _norms(x: torch.Tensor, widths: Sequence[int], with_wide: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Inverse norms (K, B) of all prefixes of the rows of x, and x in float32 if that is asked for."""
+    copied = with_wide and x.dtype != torch.float32
+    inverse, wide = _floats(x, len(widths), len(x)), _floats(x, len(x), widths[0]) if copied else None
+    constants = _norms_constants(widths)
+    norms_kernel[triton.cdiv(len(x), constants["ROWS"]),](
+        x, inverse, wide, x.stride(0), tuple(widths), len(x), **constants, **OPTIONS
+    )
+    return inverse, wide if copied else x if with_wide else None
+
+
+def _scores(
+    held: _Rows,
+    block: range,
+    begin: int,
+    own: range,
+    symmetric: bool,
+    scores: torch.Tensor | None,
+    taught: torch.Tensor | None,
+    partial: torch.Tensor | None,
+) -> None:
+    """Cosines of the rows `block` with rows begin... into scores (K, b, B - begin), and of their targets into taught;
+    squared errors of the rows `own` into partial. symmetric: begin is the block's first row, and own holds all rows or
+    the block does."""
+    batch, tile = len(held.x), _tile(held.x)
+    scores_kernel[_grid(held.x, block, begin)](
+        held.x,
+        held.inverse,
+        held.targets,
+        scores,
+        taught,
+        partial,
+        held.x.stride(0),
+        tuple(t.stride(0) for t in held.targets),
+        batch - begin,
+        len(block) * (batch - begin),
+        held.dims,
+        tuple(t.shape[1] for t in held.targets),
+        len(block),
+        batch,
+        block.start,
+        begin,
+        own.start,
+        own.stop,
+        **_scores_constants(held.dims, tile, symmetric, torch.backends.cuda.matmul.allow_tf32),
+        **OPTIONS,
+    )
+
+
+def _tile(x: torch.Tensor) -> int:
+    """Rows of a square tile of scores: 64, or where that gives a multiprocessor nothing to do, 32."""
+    tiles = triton.cdiv(len(x), 64)
+    return 64 if tiles * (tiles + 1) // 2 >= multiprocessors(x) else 32
+
+
+def _grid(x: torch.Tensor, block: range, begin: int) -> tuple[int, int]:
+    tile = _tile(x)
+    return triton.cdiv(len(x) - begin, tile), triton.cdiv(len(block), tile)
+
+
+def _weights(held, block, begin, scores, taught, pairs, scale, pair_scale, mirrored):
+    """Scores (K, b, B - begin) of the rows `block` become the weights of the products. Returns, in parts, the sums that
+    the projections need: of rows (parts, K, b) and, if mirrored, of columns (parts, K, B - begin)."""
+    count, rows, columns = scores.shape
+    grid = triton.cdiv(columns, WEIGHTS["COLUMNS"]), triton.cdiv(rows, WEIGHTS["ROWS"])
+    row_sums = _floats(scores, grid[0], count, rows)
+    column_sums = _floats(scores, grid[1], count, columns) if mirrored else None
+    weights_kernel[grid](
+        scores,
+        taught,
+        pairs,
+        held.inverse,
+        row_sums,
+        column_sums,
+        scores.stride(1),
+        scores.stride(0),
+        rows,
+        count,
+        len(held.x),
+        block.start,
+        begin,
+        float(scale),
+        float(pair_scale),
+        **WEIGHTS,
+        **OPTIONS,
+    )
+    return row_sums, column_sums
+
+
+def _with_relative(held: _Rows, own: range, weights: Sequence[float], options: tuple, gradient: torch.Tensor | None):
+    """Squared errors, the relative term's losses and what the projections of the own rows need; their products go into
+    the gradient."""
+    x, batch = held.x, len(held.x)
+    scores, taught = _floats(x, len(held.dims), batch, batch), _floats(x, batch, batch)
+    partial = _floats(x, math.prod(_grid(x, range(batch), 0))) if weights[1] else None
+    _scores(held, range(batch), 0, own, True, scores, taught, partial)
+    losses, pairs = relative_scores(scores, taught, *options, gradient is not None)
+    if gradient is None:
+        return partial, losses, None
+    scale, pair_scale = weights[1] * _slope(held), weights[2] / len(held.dims)
+    rows = slice(own.start, own.stop)
+    sums, _ = _weights(held, own, 0, scores[:, rows], taught[rows], pairs, scale, pair_scale, False)
+    for columns, weight in zip(held.segments, scores[:, rows]):
+        torch.mm(weight, held.wide[:, columns], out=gradient[:, columns])
+    return partial, losses, sums
+
+
+def _slope(held: _Rows) -> float:
+    """dL/dcos over the error: a pair of rows stands twice in the mean, and reaches either row by both."""
+    return 4 / (len(held.dims) * len(held.x) ** 2)
+
+
+def _by_blocks(held: _Rows, own: range, weight: float, gradient: torch.Tensor | None):
+    """Squared errors and what the projections of the own rows need, by blocks of rows; products into the gradient."""
+    x, batch, count = held.x, len(held.x), len(held.dims)
+    symmetric, tile = len(own) == batch, _tile(x)
+    if gradient is None:
+        step = tile * max(1, MOST_TILES // triton.cdiv(batch, tile))
+    else:
+        step = max(1, BLOCK // (4 * (count + 1) * batch))
+        # Symmetry needs tiles on the diagonal that the end of a block doesn't cut.
+        symmetric = symmetric and step >= tile
+        step = step // tile * tile if symmetric else step
+    blocks = [range(first, min(first + step, own.stop)) for first in range(own.start, own.stop, step)]
+    begins = [block.start if symmetric else 0 for block in blocks]
+    tiles = [math.prod(_grid(x, *pair)) for pair in zip(blocks, begins)]
+    partial = _floats(x, sum(tiles))
+    memory = None if gradient is None else _floats(x, (count + 1) * len(blocks[0]) * (batch - begins[0]))
+    sums = None if gradient is None or len(blocks) == 1 else _floats(x, 1, count, len(own)).zero_()
+    for block, begin, errors in zip(blocks, begins, partial.split(tiles)):
+        if gradient is None:
+            _scores(held, block, begin, own, symmetric, None, None, errors)
+            continue
+        shape = len(block), batch - begin
+        planes = memory[: (count + 1) * math.prod(shape)].view(count + 1, *shape)
+        scores, taught = planes[:count], planes[count]
+        _scores(held, block, begin, own, symmetric, scores, taught, errors)
+        mirrored = symmetric and block.stop < batch
+        row_sums, column_sums = _weights(held, block, begin, scores, taught, None, weight * _slope(held), 0, mirrored)
+        mine = slice(block.start - own.start, block.stop - own.start)
+        # What the first of several symmetric blocks leaves behind, the others add to.
+        beta = int(symmetric and block.start > own.start)
+        for columns, plane in zip(held.segments, scores):
+            gradient[mine, columns].addmm_(plane, held.wide[begin:, columns], beta=beta)
+            if mirrored:
+                mirror = plane[:, len(block) :].T
+                gradient[mine.stop :, columns].addmm_(mirror, held.wide[block.start : block.stop, columns], beta=beta)
+        if sums is None:
+            return partial, row_sums
+        sums[0, :, mine] += row_sums.sum(0)
+        if mirrored:
+            sums[0, :, mine.stop :] += column_sums.sum(0)[:, len(block) :]
+    return partial, sums
+
+
+def _finish(held_x, targets, dims, start, gradient, sums, inverse, full_inverse, cosines, scale) -> None:
+    """The own rows' s · t into cosines, and the gradient completed, where these are given."""
+    rows = len(gradient if cosines is None else cosines)
+    finish_kernel[rows,](
+        held_x,
+        gradient,
+        targets,
+        sums,
+        inverse,
+        full_inverse,
+        cosines,
+        held_x.stride(0),
+        tuple(t.stride(0) for t in targets),
+        dims,
+        tuple(t.shape[1] for t in targets),
+        held_x.shape[1],
+        rows,
+        len(held_x),
+        start,
+        0 if sums is None else len(sums),
+        float(scale),
+        **_finish_constants(held_x.shape[1]),
+        **OPTIONS,
+    )
+
+
+def _join(partial, cosines, losses, terms, weights, shares) -> None:
+    """Fills terms, scalars: the weighted total of the three terms and, if they are asked for, these. Each is a share of
+    a sum; of a term that is None, 0."""
+    join_kernel[1,](
+        partial,
+        cosines,
+        losses,
+        *terms,
+        *(0 if x is None else len(x) for x in (partial, cosines, losses)),
+        *map(float, weights),
+        *map(float, shares),
+        **JOIN,
+        **OPTIONS,
+    )
+
+
+def distill_loss(
+    student: torch.Tensor,
+    everyone: torch.Tensor | None,
+    targets: Sequence[torch.Tensor],
+    start: int,
+    dims: Sequence[int],
+    weights: Sequence[float],
+    margin: float,
+    reference_ties: bool,
+    min_gap: float,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As blocked_distill_loss in reference.py."""
+    (rows, width), batch, dims = student.shape, max(targets[0].shape[0], 1), tuple(dims)
+    compared = bool(weights[1] or weights[2])
+    if compared:
+        x = student if everyone is None else everyone
+    else:
+        # The cosine term sees no other rows.
+        x, targets, start = student, [t[start : start + rows] for t in targets], 0
+    x, targets = unit_columns(x), tuple(unit_columns(t) for t in targets)
+    gradient = _floats(x, rows, width) if needs[0] else None
+    partial = cosines = losses = sums = None
+    with on_device(x):
+        if rows and (compared or weights[0]):
+            own, widths = range(start, start + rows), list(dims) if compared else []
+            if weights[0] and widths[:1] != [width]:
+                widths.insert(0, width)
+            inverse, wide = _norms(x, widths, compared and needs[0])
+            of_dims = inverse[len(widths) - len(dims) :] if compared else None
+            if compared:
+                held = _Rows(x, targets, dims, of_dims, wide)
+                if weights[2]:
+                    options = margin, reference_ties, min_gap
+                    partial, losses, sums = _with_relative(held, own, weights, options, gradient)
+                else:
+                    partial, sums = _by_blocks(held, own, weights[1], gradient)
+            if weights[0]:
+                cosines = _floats(x, rows)
+            if weights[0] or needs[0]:
+                scale = weights[0] / batch
+                _finish(x, targets, dims, start, gradient, sums, of_dims, inverse[0], cosines, scale)
+        elif needs[0]:
+            gradient.zero_()
+        terms = [_floats(x) for _ in range(4)]
+        shares = 1 / batch, 1 / (len(dims) * batch**2), rows / (len(dims) * batch)
+        _join(partial, cosines, losses, terms, weights, shares)
+    return *terms, gradient if needs[0] else _floats(x, 0)
+
+
+def similarity_loss(
+    student: torch.Tensor,
+    everyone: torch.Tensor | None,
+    targets: Sequence[torch.Tensor],
+    start: int,
+    dims: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As blocked_similarity_loss in reference.py."""
+    weights = (0.0, 1.0, 0.0)
+    loss, *_, gradient = distill_loss(student, everyone, targets, start, dims, weights, 0.0, False, 0.0, needs)
+    return loss, gradient
+
+
+def alignment_loss(
+    student: torch.Tensor, teacher: torch.Tensor, kind: int, normalize: bool, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss and the student's gradient, float32, or (0,). student, teacher (B, D), D <= WIDEST_ALIGNMENT."""
+    rows, width = student.shape
+    student, teacher = unit_columns(student), unit_columns(teacher)
+    gradient = _floats(student, rows, width) if needs_gradient else None
+    loss, losses = _floats(student), _floats(student, rows)
+    share = 1 / (max(rows, 1) * (max(width, 1) if KINDS[kind] == "mse" else 1))
+    config = norm_config(width, backward=True)
+    with on_device(student):
+        if rows:
+            alignment_kernel[triton.cdiv(rows, config.rows),](
+                student,
+                teacher,
+                gradient,
+                losses,
+                student.stride(0),
+                teacher.stride(0),
+                rows,
+                share,
+                **_alignment_constants(width, kind, normalize),
+                **config.options,
+            )
+        _join(losses, None, None, (loss, None, None, None), (0, 1, 0), (0, share, 0))
+    return loss, gradient if needs_gradient else _floats(student, 0)
