@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 # Arguments whose value is no reason to compile a kernel again.
-PLAIN = ["rows", "count", "batch", "first", "begin", "low", "high", "start", "parts"]
+PLAIN = ["count", "batch", "first", "begin", "low", "high", "start", "parts", "tiles"]
 # The inverse norm of a row below the clamp of n(x) = x / max(‖x‖, 1e-12), along which nothing is projected out.
 CLAMPED = tl.constexpr(1e12)
 
@@ -31,7 +31,7 @@ def _inverse(square):
     return tl.where(norm == 0, 0.0, inverse)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=[*PLAIN, "rows"])
 def norms_kernel(
     x, inverse, wide, x_stride, widths, batch, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -76,39 +76,47 @@ def scores_kernel(
     x_stride, target_strides, columns, plane,
     widths, target_widths, rows, batch, first, begin, low, high,
     ALIGN: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    TARGET_DEPTH: tl.constexpr,
 ):  # fmt: skip
     # Cosines of rows first... with rows begin... of x, for every width, and of the targets: into scores, planes of
     # (rows, columns), and teacher_scores; partial: per program, the squared errors in the rows low...high.
-    i_tile, j_tile = tl.program_id(1), tl.program_id(0)
-    o_partial = i_tile.to(tl.int64) * tl.num_programs(0) + j_tile
+    i_tile, j_tile = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
+    o_partial = i_tile * tl.num_programs(0) + j_tile
     if SYMMETRIC and j_tile < i_tile:
         if partial is not None:
             tl.store(partial + o_partial, 0.0)
         return
-    i_local = i_tile.to(tl.int64) * TILE + tl.arange(0, TILE)
-    j_local = j_tile.to(tl.int64) * TILE + tl.arange(0, TILE)
+    lanes = tl.arange(0, TILE)
+    i_local, j_local = i_tile * TILE + lanes, j_tile * TILE + lanes
     i_rows, j_rows = first + i_local, begin + j_local
-    m_i, m_j = i_local < rows, j_rows < batch
+    m_i, m_j = i_local < rows, j_local < columns
     taught = tl.zeros([TILE, TILE], tl.float32)
     for p in tl.static_range(len(targets)):
         taught = _products(
-            taught, targets[p], target_strides[p], i_rows, j_rows, m_i, m_j, 0, target_widths[p], PRECISION, DEPTH
+            taught,
+            targets[p],
+            target_strides[p],
+            i_rows,
+            j_rows,
+            m_i,
+            m_j,
+            0,
+            target_widths[p],
+            PRECISION,
+            TARGET_DEPTH,
         )
     inside = m_i[:, None] & m_j[None, :]
-    offsets = i_local[:, None] * columns + j_local[None, :]
+    # The place of a tile is 64-bit, places in it 32-bit: registers are short here.
+    o_tile, o_mirror = TILE * (i_tile * columns + j_tile), TILE * (j_tile * columns + i_tile)
     # A tile above the diagonal also serves the rows that its columns are, where these are rows of the block.
     beyond = j_local >= (i_tile + 1) * TILE
     mirror = m_i[:, None] & (beyond & (j_local < rows))[None, :]
-    o_mirror = j_local[None, :] * columns + i_local[:, None]
     if teacher_scores is not None:
-        tl.store(teacher_scores + offsets, taught, mask=inside)
+        tl.store(teacher_scores + o_tile + lanes[:, None] * columns + lanes[None, :], taught, mask=inside)
         if SYMMETRIC:
-            tl.store(teacher_scores + o_mirror, taught, mask=mirror)
-    i_times = ((i_rows >= low) & (i_rows < high)).to(tl.float32)
-    times = tl.zeros([TILE, TILE], tl.float32) + i_times[:, None]
-    if SYMMETRIC:
-        times += (beyond & (j_rows >= low) & (j_rows < high)).to(tl.float32)[None, :]
-    squares = tl.zeros([TILE], tl.float32)
+            tl.store(teacher_scores + o_mirror + lanes[None, :] * columns + lanes[:, None], taught, mask=mirror)
+    i_squares = tl.zeros([TILE], tl.float32)
+    j_squares = tl.zeros([TILE], tl.float32)
     dots = tl.zeros([TILE, TILE], tl.float32)
     at = 0
     for step in range(len(widths)):
@@ -121,18 +129,23 @@ def scores_kernel(
         cosines = dots * i_inverse[:, None] * j_inverse[None, :]
         if partial is not None:
             error = cosines - taught
-            squares += tl.sum(error * error * times, 1)
-        if scores is not None:
-            o_scores = tl.cast(plane, tl.int64) * k
-            tl.store(scores + o_scores + offsets, cosines, mask=inside)
+            i_squares += tl.sum(error * error, 1)
             if SYMMETRIC:
-                tl.store(scores + o_scores + o_mirror, cosines, mask=mirror)
+                j_squares += tl.sum(error * error, 0)
+        if scores is not None:
+            o_scores = scores + tl.cast(plane, tl.int64) * k
+            tl.store(o_scores + o_tile + lanes[:, None] * columns + lanes[None, :], cosines, mask=inside)
+            if SYMMETRIC:
+                tl.store(o_scores + o_mirror + lanes[None, :] * columns + lanes[:, None], cosines, mask=mirror)
         at = end
     if partial is not None:
-        tl.store(partial + o_partial, tl.sum(squares, 0))
+        squares = tl.sum(tl.where((i_rows >= low) & (i_rows < high), i_squares, 0.0), 0)
+        if SYMMETRIC:
+            squares += tl.sum(tl.where(beyond & (j_rows >= low) & (j_rows < high), j_squares, 0.0), 0)
+        tl.store(partial + o_partial, squares)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=["count"])
 def weights_kernel(
     scores, teacher_scores, pairs, inverse, row_sums, column_sums,
     columns, plane, rows, count, batch, first, begin, scale, pair_scale,
@@ -142,25 +155,30 @@ def weights_kernel(
     # from the widest prefix down. row_sums (programs of columns, count, rows) and column_sums (programs of rows, count,
     # columns): g · cosine. pairs (count, batch, batch): gradients of the relative term, above the diagonal.
     i_program, j_program = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
-    i_local = i_program * ROWS + tl.arange(0, ROWS)
-    j_local = j_program * COLUMNS + tl.arange(0, COLUMNS)
+    i_lanes, j_lanes = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    i_local, j_local = i_program * ROWS + i_lanes, j_program * COLUMNS + j_lanes
     i_rows, j_rows = first + i_local, begin + j_local
-    m_i, m_j = i_local < rows, j_rows < batch
+    m_i, m_j = i_local < rows, j_local < columns
     inside = m_i[:, None] & m_j[None, :]
-    offsets = i_local[:, None] * columns + j_local[None, :]
-    above = inside & (i_rows[:, None] < j_rows[None, :])
-    below = inside & (i_rows[:, None] > j_rows[None, :])
-    taught = tl.load(teacher_scores + offsets, mask=inside, other=0.0)
+    # The place of a tile is 64-bit, places in it 32-bit: registers are short here.
+    i_first, j_first = first + i_program * ROWS, begin + j_program * COLUMNS
+    o_tile = i_program * ROWS * columns + j_program * COLUMNS
+    # Only tiles that the diagonal crosses read both sides of it.
+    above = m_i[:, None] & (j_local < tl.where(j_first + COLUMNS > i_first, columns, 0))[None, :]
+    below = m_j[None, :] & (i_local < tl.where(i_first + ROWS > j_first, rows, 0))[:, None]
+    taught = tl.load(teacher_scores + o_tile + i_lanes[:, None] * columns + j_lanes[None, :], mask=inside, other=0.0)
     weight = tl.zeros([ROWS, COLUMNS], tl.float32)
     for k in range(count):
-        o_scores = scores + tl.cast(plane, tl.int64) * k + offsets
-        cosines = tl.load(o_scores, mask=inside, other=0.0)
+        p_scores = scores + tl.cast(plane, tl.int64) * k + o_tile + i_lanes[:, None] * columns + j_lanes[None, :]
+        cosines = tl.load(p_scores, mask=inside, other=0.0)
         slope = scale * (cosines - taught)
         if pairs is not None:
             o_pairs = pairs + tl.cast(batch, tl.int64) * batch * k
-            both = tl.load(o_pairs + i_rows[:, None] * batch + j_rows[None, :], mask=above, other=0.0)
-            both += tl.load(o_pairs + j_rows[None, :] * batch + i_rows[:, None], mask=below, other=0.0)
-            slope += pair_scale * both
+            o_above, o_below = o_pairs + i_first * batch + j_first, o_pairs + j_first * batch + i_first
+            b_above = tl.load(o_above + i_lanes[:, None] * batch + j_lanes[None, :], mask=above, other=0.0)
+            b_below = tl.load(o_below + j_lanes[None, :] * batch + i_lanes[:, None], mask=below, other=0.0)
+            slope += pair_scale * tl.where(i_rows[:, None] < j_rows[None, :], b_above, 0.0)
+            slope += pair_scale * tl.where(i_rows[:, None] > j_rows[None, :], b_below, 0.0)
         along = slope * cosines
         tl.store(row_sums + (j_program * count + k) * rows + i_local, tl.sum(along, 1), mask=m_i)
         if column_sums is not None:
@@ -168,7 +186,7 @@ def weights_kernel(
         i_inverse = tl.load(inverse + k * batch + i_rows, mask=m_i, other=0.0)
         j_inverse = tl.load(inverse + k * batch + j_rows, mask=m_j, other=0.0)
         weight += slope * i_inverse[:, None] * j_inverse[None, :]
-        tl.store(o_scores, weight, mask=inside)
+        tl.store(p_scores, weight, mask=inside)
 
 
 @triton.jit
@@ -214,7 +232,7 @@ def _finish(
         tl.store(gradient + columns, found, mask=inside)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=[*PLAIN, "rows"])
 def finish_kernel(
     x, gradient, targets, sums, inverse, full_inverse, cosines,
     x_stride, target_strides, widths, target_widths, width, rows, batch, start, parts, scale,
@@ -261,7 +279,7 @@ def _sum(values, count, ENTRIES: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=[*PLAIN, "tiles"])
+@triton.jit(do_not_specialize=[*PLAIN, "rows"])
 def join_kernel(
     partial, cosines, losses, total, cosine, similarity, relative, tiles, rows, count,
     cosine_weight, similarity_weight, relative_weight, cosine_share, similarity_share, relative_share,
@@ -285,7 +303,7 @@ def join_kernel(
         tl.store(relative, found_relative.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=[*PLAIN, "rows"])
 def alignment_kernel(
     student, teacher, gradient, losses, student_stride, teacher_stride, rows, share,
     WIDTH: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

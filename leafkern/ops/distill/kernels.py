@@ -27,6 +27,7 @@ MOST_TILES = 1 << 22
 WIDEST_ALIGNMENT = 16384
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 WEIGHTS = {"ROWS": 32, "COLUMNS": 64}
+WEIGHTS_OPTIONS = {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": True}
 JOIN = {"ENTRIES": 1024}
 
 
@@ -36,10 +37,20 @@ def _norms_constants(widths: Sequence[int]) -> dict:
     return {"ALIGN": math.gcd(16, *widths), "ROWS": 1024 // columns, "COLUMNS": columns}
 
 
-def _scores_constants(dims: Sequence[int], tile: int, symmetric: bool, tf32: bool) -> dict:
-    precision = "tf32" if tf32 else "ieee"
-    align = math.gcd(16, *dims)
-    return {"ALIGN": align, "SYMMETRIC": symmetric, "PRECISION": precision, "TILE": tile, "DEPTH": 16}
+def _scores_constants(dims: Sequence[int], tile: int, half: bool, symmetric: bool, tf32: bool) -> dict:
+    """half: x is in half precision, so that its products are those of the matrix units and deep."""
+    return {
+        "ALIGN": math.gcd(16, *dims),
+        "SYMMETRIC": symmetric,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "TILE": tile,
+        "DEPTH": 64 if half else 16,
+        "TARGET_DEPTH": 16,
+    }
+
+
+def _scores_options(tile: int) -> dict:
+    return {"num_warps": tile // 8, "num_stages": 3, "enable_fp_fusion": True}
 
 
 def _finish_constants(width: int) -> dict:
@@ -122,15 +133,19 @@ def _scores(
         begin,
         own.start,
         own.stop,
-        **_scores_constants(held.dims, tile, symmetric, torch.backends.cuda.matmul.allow_tf32),
-        **OPTIONS,
+        **_scores_constants(held.dims, tile, held.x.dtype != torch.float32, symmetric, _tf32()),
+        **_scores_options(tile),
     )
 
 
+def _tf32() -> bool:
+    return torch.backends.cuda.matmul.allow_tf32
+
+
 def _tile(x: torch.Tensor) -> int:
-    """Rows of a square tile of scores: 64, or where that gives a multiprocessor nothing to do, 32."""
+    """Rows of a square tile of scores: 64, of which a multiprocessor holds one, where there are some for each; or 32."""
     tiles = triton.cdiv(len(x), 64)
-    return 64 if tiles * (tiles + 1) // 2 >= multiprocessors(x) else 32
+    return 64 if tiles * (tiles + 1) // 2 >= 4 * multiprocessors(x) else 32
 
 
 def _grid(x: torch.Tensor, block: range, begin: int) -> tuple[int, int]:
@@ -162,7 +177,7 @@ def _weights(held, block, begin, scores, taught, pairs, scale, pair_scale, mirro
         float(scale),
         float(pair_scale),
         **WEIGHTS,
-        **OPTIONS,
+        **WEIGHTS_OPTIONS,
     )
     return row_sums, column_sums
 
