@@ -60,8 +60,8 @@ alignment_loss = register(
 def _loss_and_gradient_fake(losses):
     """Fake of an operation that returns so many losses and the student's gradient; needs come last."""
 
-    def fake(student, everyone, target, *rest):
-        dtype = common_dtype(student, target)
+    def fake(student, everyone, targets, *rest):
+        dtype = common_dtype(student, *targets)
         gradient = student.new_empty(student.shape if rest[-1][0] else (0,), dtype=dtype)
         return (*(student.new_empty((), dtype=dtype) for _ in range(losses)), gradient)
 
@@ -69,7 +69,7 @@ def _loss_and_gradient_fake(losses):
 
 
 similarity_loss = register_loss(
-    "similarity_loss(Tensor student, Tensor? everyone, Tensor target, int start, int[] dims, bool[] needs)"
+    "similarity_loss(Tensor student, Tensor? everyone, Tensor[] targets, int start, int[] dims, bool[] needs)"
     " -> (Tensor loss, Tensor gradient)",
     blocked_similarity_loss,
     _loss_and_gradient_fake(1),
@@ -77,7 +77,7 @@ similarity_loss = register_loss(
 )
 
 distill_loss = register_loss(
-    "distill_loss(Tensor student, Tensor? everyone, Tensor target, int start, int[] dims, float[] weights,"
+    "distill_loss(Tensor student, Tensor? everyone, Tensor[] targets, int start, int[] dims, float[] weights,"
     " float margin, bool reference_ties, float min_gap, bool[] needs)"
     " -> (Tensor total, Tensor cosine, Tensor similarity, Tensor relative, Tensor gradient)",
     blocked_distill_loss,
