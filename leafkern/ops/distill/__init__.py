@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 
 from leafkern.errors import InputError, unknown_name
-from leafkern.ops._core.backend import choose
 from leafkern.ops._core.checks import (
     check_dims,
     check_finite_rows,
@@ -62,7 +61,6 @@ def alignment_loss(
     check_same_device(student=student, teacher=teacher)
     check_finite_rows("teacher", teacher)
     check_nonzero_rows("teacher", teacher)
-    choose("distill", {"reference": None})
     ranks = ranks_of(gather, student=student, teacher=teacher)
     loss = autograd.alignment_loss(student, teacher.detach(), KINDS.index(kind))
     if ranks.world > 1:
@@ -170,5 +168,4 @@ def _checked(student, teacher, dims, teacher_weights) -> tuple[torch.Tensor, lis
     student = check_floating("student", student, ndim=2)
     dims = check_dims(dims, student.shape[1])
     targets = unit_targets(student, teacher, teacher_weights)
-    choose("distill", {"reference": None})
     return student, targets, dims
