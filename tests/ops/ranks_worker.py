@@ -125,6 +125,8 @@ def main(rank, counts, folder):
     for call in (
         lambda: ops.similarity_loss(torch.ones(2, 4 + rank), torch.ones(2, 3), gather="ranks"),
         lambda: ops.relative_similarity_loss(torch.ones(2, 4), torch.ones(2, 3 + rank), gather="ranks"),
+        lambda: ops.similarity_loss(torch.ones(2, 4), [torch.ones(2, 3)] * (1 + rank), gather="ranks"),
+        lambda: ops.similarity_loss(torch.ones(2, 4), [torch.ones(2, 3), torch.ones(2, 5 + rank)], gather="ranks"),
         lambda: ops.info_nce(*halves(rank), gather="ranks"),
         lambda: ops.info_nce(*[torch.ones(2, 4)] * 2, torch.ones(2, 1, 4) if rank else None, gather="ranks"),
     ):

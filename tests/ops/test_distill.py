@@ -324,9 +324,9 @@ def test_shares_of_rows_add_up(weights, dtype, counts):
     student, target = student.detach(), normalize_rows(teacher.to(torch.promote_types(dtype, torch.float32)))
     options = ([6, 2], weights, 0.015, False, 0.0, [True])
     ends = list(itertools.accumulate(counts))
-    shares = [OP(student[e - c : e], student, target, e - c, *options) for c, e in zip(counts, ends)]
+    shares = [OP(student[e - c : e], student, [target], e - c, *options) for c, e in zip(counts, ends)]
     sums = [sum(values) for values in list(zip(*shares))[:4]]
-    whole = OP(student, None, target, 0, *options)
+    whole = OP(student, None, [target], 0, *options)
     assert_near((*sums, torch.cat([share[4] for share in shares])), whole, dtype)
 
 
@@ -430,7 +430,9 @@ def test_opcheck(weights, wanted, share):
     student = student.detach()
     own = (student[1:3].clone() if share else student).requires_grad_(wanted)
     everyone = student.detach().clone() if share else None
-    torch.library.opcheck(OP, (own, everyone, teacher, int(share), [6, 2], weights, 0.015, False, 0.0, [wanted]))
+    torch.library.opcheck(
+        OP, (own, everyone, [teacher[:, :4], teacher[:, 4:]], int(share), [6, 2], weights, 0.015, False, 0.0, [wanted])
+    )
 
 
 @pytest.mark.parametrize("weights", [JASPER, (10.0, 200.0, 0.0)])

@@ -139,8 +139,8 @@ def test_shares_of_rows_add_up(dtype, counts, three_rows_a_block):
     target, dims = normalize_rows(teacher.to(torch.promote_types(dtype, torch.float32))), [8, 3]
     student = student.detach()
     ends = list(itertools.accumulate(counts))
-    shares = [OP(student[e - c : e], student, target, e - c, dims, [True]) for c, e in zip(counts, ends)]
-    loss, grad = OP(student, None, target, 0, dims, [True])
+    shares = [OP(student[e - c : e], student, [target], e - c, dims, [True]) for c, e in zip(counts, ends)]
+    loss, grad = OP(student, None, [target], 0, dims, [True])
     assert_near((sum(share[0] for share in shares), torch.cat([s[1] for s in shares])), (loss, grad), dtype)
     exact = value_and_gradient(lambda s: brute_similarity_loss(s, target.double(), dims), student.double())
     assert_near((loss, grad), exact, dtype)
@@ -151,7 +151,7 @@ def test_no_square_matrix_in_memory():
     functions = (
         lambda: similarity_loss(student, teacher, dims=[8, 4]),
         lambda: distill_loss(student, teacher, weights=(10, 200, 0)).total,
-        lambda: reference.blocked_similarity_loss(student[:2900], student, teacher, 0, [8], [False])[0],
+        lambda: reference.blocked_similarity_loss(student[:2900], student, [teacher], 0, [8], [False])[0],
     )
     for function in functions:
         with LargestTensor() as seen:
@@ -236,9 +236,9 @@ def test_teacher_gets_no_gradient():
 
 def test_unwanted_gradient_is_not_computed():
     student, teacher = pair(4, 5, 5, torch.float32)
-    loss, gradient = OP(student.detach(), None, teacher, 0, [5, 2], [False])
+    loss, gradient = OP(student.detach(), None, [teacher], 0, [5, 2], [False])
     assert gradient.shape == (0,)
-    assert torch.equal(loss, OP(student.detach(), None, teacher, 0, [5, 2], [True])[0])
+    assert torch.equal(loss, OP(student.detach(), None, [teacher], 0, [5, 2], [True])[0])
 
 
 def test_one_process_is_all_ranks():
@@ -291,7 +291,14 @@ def test_opcheck(dtype, wanted, share):
     student, teacher = pair(5, 6, 4, dtype)
     student = student.detach()
     own = student[1:3].clone() if share else student
-    arguments = (own.requires_grad_(wanted), student if share else None, teacher.float(), int(share), [6, 2], [wanted])
+    arguments = (
+        own.requires_grad_(wanted),
+        student if share else None,
+        [teacher.float()],
+        int(share),
+        [6, 2],
+        [wanted],
+    )
     torch.library.opcheck(OP, arguments)
 
 
@@ -300,7 +307,7 @@ def test_strides_do_not_matter():
     wide = torch.randn(6, 10)
     wide[:, ::2] = student.detach()
     for strided in (student.detach().T.contiguous().T, wide[:, ::2]):
-        arguments = (strided.requires_grad_(), None, normalize_rows(teacher), 0, [5, 2], [True])
+        arguments = (strided.requires_grad_(), None, [normalize_rows(teacher)], 0, [5, 2], [True])
         torch.library.opcheck(OP, arguments, test_utils=("test_faketensor", "test_aot_dispatch_dynamic"))
         assert_near(OP(*arguments), OP(student, *arguments[1:]), torch.float32)
 

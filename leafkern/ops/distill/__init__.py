@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 
 from leafkern.errors import InputError, unknown_name
-from leafkern.ops._core.backend import choose
 from leafkern.ops._core.checks import (
     check_dims,
     check_finite_rows,
@@ -18,7 +17,7 @@ from leafkern.ops._core.checks import (
 )
 from leafkern.ops._core.ranks import loss_of_ranks, of_all_ranks, ranks_of
 from leafkern.ops._core.registration import needs_gradient
-from leafkern.ops._core.teachers import unit_target
+from leafkern.ops._core.teachers import unit_targets
 from leafkern.ops.distill import autograd
 from leafkern.ops.distill.reference import KINDS
 from leafkern.ops.relative import TIES
@@ -62,7 +61,6 @@ def alignment_loss(
     check_same_device(student=student, teacher=teacher)
     check_finite_rows("teacher", teacher)
     check_nonzero_rows("teacher", teacher)
-    choose("distill", {"reference": None})
     ranks = ranks_of(gather, student=student, teacher=teacher)
     loss = autograd.alignment_loss(student, teacher.detach(), KINDS.index(kind))
     if ranks.world > 1:
@@ -97,9 +95,9 @@ def similarity_loss(
     propagates; B = 0 gives 0. Raises InputError for wrong shapes, dims or weights and, where values are checked (CPU,
     or LEAFKERN_CHECK=1), for a teacher row that is zero, NaN or infinite.
     """
-    student, target, dims = _checked(student, teacher, dims, teacher_weights)
-    ranks, everyone, target = of_all_ranks(gather, student, target)
-    loss, _ = autograd.similarity_loss(student, everyone, target, ranks.start, dims, needs_gradient(student))
+    student, targets, dims = _checked(student, teacher, dims, teacher_weights)
+    ranks, everyone, targets = of_all_ranks(gather, student, targets)
+    loss, _ = autograd.similarity_loss(student, everyone, targets, ranks.start, dims, needs_gradient(student))
     return loss_of_ranks(ranks, loss)
 
 
@@ -136,21 +134,22 @@ def distill_loss(
     student row of zeros has no gradient; NaN in the student propagates; B = 0 gives 0, B < 3 no relative term. Raises
     InputError as similarity_loss does, and for wrong weights, margin, ties, min_gap or widths.
     """
-    student, target, dims = _checked(student, teacher, dims, teacher_weights)
+    student, targets, dims = _checked(student, teacher, dims, teacher_weights)
     weights = check_numbers("weights", weights, 3, least=0)
-    if weights[0] and student.shape[1] != target.shape[1]:
+    width = sum(target.shape[1] for target in targets)
+    if weights[0] and student.shape[1] != width:
         raise InputError(
-            f"student, teacher: widths {student.shape[1]} and {target.shape[1]} differ; the cosine term compares the "
+            f"student, teacher: widths {student.shape[1]} and {width} differ; the cosine term compares the "
             "student with all teachers side by side: expected the same width, or weights[0] = 0"
         )
     if ties not in TIES:
         raise unknown_name("ties", ties, TIES)
     margin, min_gap = check_number("margin", margin, least=0), check_number("min_gap", min_gap, least=0)
-    ranks, everyone, target = of_all_ranks(gather, student, target)
+    ranks, everyone, targets = of_all_ranks(gather, student, targets)
     total, *terms, _ = autograd.distill_loss(
         student,
         everyone,
-        target,
+        targets,
         ranks.start,
         dims,
         weights,
@@ -164,10 +163,9 @@ def distill_loss(
     return DistillTerms(loss_of_ranks(ranks, total), *terms)
 
 
-def _checked(student, teacher, dims, teacher_weights) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """The student, the teachers' target and the prefix widths, once they are found to be right."""
+def _checked(student, teacher, dims, teacher_weights) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
+    """The student, the teachers' targets and the prefix widths, once they are found to be right."""
     student = check_floating("student", student, ndim=2)
     dims = check_dims(dims, student.shape[1])
-    target = unit_target(student, teacher, teacher_weights)
-    choose("distill", {"reference": None})
-    return student, target, dims
+    targets = unit_targets(student, teacher, teacher_weights)
+    return student, targets, dims

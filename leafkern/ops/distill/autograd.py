@@ -2,8 +2,11 @@
 
 import torch
 
+from leafkern.ops._core import launch
+from leafkern.ops._core.backend import choose
 from leafkern.ops._core.normalize import common_dtype, normalize_rows, normalize_rows_backward
 from leafkern.ops._core.registration import register, register_loss
+from leafkern.ops.distill import native
 from leafkern.ops.distill.reference import KINDS, blocked_distill_loss, blocked_similarity_loss
 
 _L2SQ, _L2, _MSE, _COSINE = (KINDS.index(kind) for kind in ("l2sq", "l2", "mse", "cosine"))
@@ -60,27 +63,48 @@ alignment_loss = register(
 def _loss_and_gradient_fake(losses):
     """Fake of an operation that returns so many losses and the student's gradient; needs come last."""
 
-    def fake(student, everyone, target, *rest):
-        dtype = common_dtype(student, target)
+    def fake(student, everyone, targets, *rest):
+        dtype = common_dtype(student, *targets)
         gradient = student.new_empty(student.shape if rest[-1][0] else (0,), dtype=dtype)
         return (*(student.new_empty((), dtype=dtype) for _ in range(losses)), gradient)
 
     return fake
 
 
+def _similarity_loss(*arguments):
+    return _forms(*arguments)[0](*arguments)
+
+
+def _distill_loss(*arguments):
+    return _forms(*arguments)[1](*arguments)
+
+
+def _forms(student, everyone, targets, *_):
+    """similarity_loss and distill_loss of the backend that serves these tensors."""
+    dtypes = student.dtype, *(target.dtype for target in targets)
+    backend = choose("distill", launch.candidates("distill", student.device, *dtypes, native=native.unsuited))
+    if backend == "triton":
+        from leafkern.ops.distill import kernels
+
+        return kernels.similarity_loss, kernels.distill_loss
+    if backend == "native":
+        return native.similarity_loss, native.distill_loss
+    return blocked_similarity_loss, blocked_distill_loss
+
+
 similarity_loss = register_loss(
-    "similarity_loss(Tensor student, Tensor? everyone, Tensor target, int start, int[] dims, bool[] needs)"
+    "similarity_loss(Tensor student, Tensor? everyone, Tensor[] targets, int start, int[] dims, bool[] needs)"
     " -> (Tensor loss, Tensor gradient)",
-    blocked_similarity_loss,
+    _similarity_loss,
     _loss_and_gradient_fake(1),
     differentiable=[0],
 )
 
 distill_loss = register_loss(
-    "distill_loss(Tensor student, Tensor? everyone, Tensor target, int start, int[] dims, float[] weights,"
+    "distill_loss(Tensor student, Tensor? everyone, Tensor[] targets, int start, int[] dims, float[] weights,"
     " float margin, bool reference_ties, float min_gap, bool[] needs)"
     " -> (Tensor total, Tensor cosine, Tensor similarity, Tensor relative, Tensor gradient)",
-    blocked_distill_loss,
+    _distill_loss,
     _loss_and_gradient_fake(4),
     differentiable=[0],
 )
