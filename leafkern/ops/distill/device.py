@@ -202,7 +202,7 @@ def _along(x, target, width, COLUMNS: tl.constexpr):
 @triton.jit
 def _finish(
     x, gradient, target, sums, inverse, widths, width, offset, i_row, i_own, rows, batch, parts,
-    along, x_inverse, scale, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    along, x_inverse, scale, ADDED: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     # Columns offset... of a row of the gradient; target: the teacher's part that stands beside them, or None.
     for at in range(0, width, COLUMNS):
@@ -211,8 +211,9 @@ def _finish(
         columns = offset + place
         b_x = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
         found = tl.zeros([COLUMNS], tl.float32)
-        if sums is not None:
+        if ADDED:
             found += tl.load(gradient + columns, mask=inside & (columns < widths[0]), other=0.0)
+        if sums is not None:
             coefficients = tl.zeros([COLUMNS], tl.float32)
             for k in range(len(widths)):
                 projected = tl.zeros([PARTS], tl.float32)
@@ -236,11 +237,11 @@ def _finish(
 def finish_kernel(
     x, gradient, targets, sums, inverse, full_inverse, cosines,
     x_stride, target_strides, widths, target_widths, width, rows, batch, start, parts, scale,
-    COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    ADDED: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    # The gradient of one of the rows start... of x: what unit vectors do not feel taken out, `scale` times that of the
-    # cosine term put in. cosines: s · t per row, None without that term. sums (parts, widths, rows): of weights_kernel,
-    # None where only the cosine term is.
+    # Completes the gradient of one of the rows start... of x, of which other terms' is there if ADDED, up to widths[0].
+    # sums (parts, widths, rows), of weights_kernel: what unit vectors do not feel is taken out. cosines: s · t per row;
+    # `scale` times the gradient of the cosine term is put in. Either may be None.
     i_own = tl.program_id(0).to(tl.int64)
     i_row = start + i_own
     x += i_row * x_stride
@@ -258,14 +259,14 @@ def finish_kernel(
         if cosines is None:
             _finish(
                 x, gradient, None, sums, inverse, widths, width, 0, i_row, i_own, rows, batch, parts,
-                along, x_inverse, scale, COLUMNS, PARTS,
+                along, x_inverse, scale, ADDED, COLUMNS, PARTS,
             )  # fmt: skip
         else:
             offset = 0
             for p in tl.static_range(len(targets)):
                 _finish(
                     x, gradient, targets[p] + i_row * target_strides[p], sums, inverse, widths, target_widths[p],
-                    offset, i_row, i_own, rows, batch, parts, along, x_inverse, scale, COLUMNS, PARTS,
+                    offset, i_row, i_own, rows, batch, parts, along, x_inverse, scale, ADDED, COLUMNS, PARTS,
                 )  # fmt: skip
                 offset += target_widths[p]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from leafkern.ops._core.cubin import Shipped
 from leafkern.ops._core.launch import multiprocessors, next_power_of_2, norm_config, on_device, unit_columns
 from leafkern.ops.distill.device import (
     alignment_kernel,
@@ -16,6 +17,7 @@ from leafkern.ops.distill.device import (
     scores_kernel,
     weights_kernel,
 )
+from leafkern.ops.distill.gram import gram_is_cheaper, gram_similarity
 from leafkern.ops.distill.reference import KINDS
 from leafkern.ops.relative.autograd import relative_scores
 
@@ -53,8 +55,8 @@ def _scores_options(tile: int) -> dict:
     return {"num_warps": tile // 8, "num_stages": 3, "enable_fp_fusion": True}
 
 
-def _finish_constants(width: int) -> dict:
-    return {"COLUMNS": min(next_power_of_2(width), 1024), "PARTS": 16}
+def _finish_constants(width: int, added: bool) -> dict:
+    return {"ADDED": added, "COLUMNS": min(next_power_of_2(width), 1024), "PARTS": 16}
 
 
 def _alignment_constants(width: int, kind: int, normalize: bool) -> dict:
@@ -143,7 +145,7 @@ def _tf32() -> bool:
 
 
 def _tile(x: torch.Tensor) -> int:
-    """Rows of a square tile of scores: 64, of which a multiprocessor holds one, where there are some for each; or 32."""
+    """Rows of a square tile of scores: 64, one at a time per multiprocessor, where there are some for each; else 32."""
     tiles = triton.cdiv(len(x), 64)
     return 64 if tiles * (tiles + 1) // 2 >= 4 * multiprocessors(x) else 32
 
@@ -248,28 +250,29 @@ def _by_blocks(held: _Rows, own: range, weight: float, gradient: torch.Tensor | 
     return partial, sums
 
 
-def _finish(held_x, targets, dims, start, gradient, sums, inverse, full_inverse, cosines, scale) -> None:
-    """The own rows' s · t into cosines, and the gradient completed, where these are given."""
+def _finish(x, targets, dims, start, gradient, added, sums, inverse, full_inverse, cosines, scale) -> None:
+    """The own rows' s · t into cosines, and the gradient completed, where these are given. added: whether there is
+    something in the gradient."""
     rows = len(gradient if cosines is None else cosines)
     finish_kernel[rows,](
-        held_x,
+        x,
         gradient,
         targets,
         sums,
         inverse,
         full_inverse,
         cosines,
-        held_x.stride(0),
+        x.stride(0),
         tuple(t.stride(0) for t in targets),
         dims,
         tuple(t.shape[1] for t in targets),
-        held_x.shape[1],
+        x.shape[1],
         rows,
-        len(held_x),
+        len(x),
         start,
         0 if sums is None else len(sums),
         float(scale),
-        **_finish_constants(held_x.shape[1]),
+        **_finish_constants(x.shape[1], added),
         **OPTIONS,
     )
 
@@ -311,33 +314,46 @@ def distill_loss(
         # The cosine term sees no other rows.
         x, targets, start = student, [t[start : start + rows] for t in targets], 0
     x, targets = unit_columns(x), tuple(unit_columns(t) for t in targets)
+    own = range(start, start + rows)
+    by_gram = compared and not weights[2] and _by_gram(x, own, targets, dims, needs[0])
+    widths = list(dims) if compared and not by_gram else []
+    if weights[0] and widths[:1] != [width]:
+        widths.insert(0, width)
+    shares = [1 / batch, 1 / (len(dims) * batch**2), rows / (len(dims) * batch)]
     gradient = _floats(x, rows, width) if needs[0] else None
-    partial = cosines = losses = sums = None
+    partial = cosines = losses = sums = inverse = of_dims = None
     with on_device(x):
-        if rows and (compared or weights[0]):
-            own, widths = range(start, start + rows), list(dims) if compared else []
-            if weights[0] and widths[:1] != [width]:
-                widths.insert(0, width)
-            inverse, wide = _norms(x, widths, compared and needs[0])
-            of_dims = inverse[len(widths) - len(dims) :] if compared else None
-            if compared:
+        if rows and (weights[0] or compared):
+            if widths:
+                inverse, wide = _norms(x, widths, compared and needs[0] and not by_gram)
+            if compared and not by_gram:
+                of_dims = inverse[len(widths) - len(dims) :]
                 held = _Rows(x, targets, dims, of_dims, wide)
-                if weights[2]:
-                    options = margin, reference_ties, min_gap
-                    partial, losses, sums = _with_relative(held, own, weights, options, gradient)
-                else:
-                    partial, sums = _by_blocks(held, own, weights[1], gradient)
+            if by_gram:
+                mean, slopes = gram_similarity(x.float(), targets, slice(start, start + rows), dims, needs[0])
+                partial, shares[1] = mean.float().reshape(1), rows / batch
+                gradient = slopes.mul_(weights[1]) if needs[0] else None
+            elif weights[2]:
+                partial, losses, sums = _with_relative(held, own, weights, (margin, reference_ties, min_gap), gradient)
+            elif weights[1]:
+                partial, sums = _by_blocks(held, own, weights[1], gradient)
             if weights[0]:
                 cosines = _floats(x, rows)
-            if weights[0] or needs[0]:
+            if cosines is not None or sums is not None:
                 scale = weights[0] / batch
-                _finish(x, targets, dims, start, gradient, sums, of_dims, inverse[0], cosines, scale)
+                _finish(x, targets, dims, start, gradient, compared, sums, of_dims, inverse, cosines, scale)
         elif needs[0]:
             gradient.zero_()
         terms = [_floats(x) for _ in range(4)]
-        shares = 1 / batch, 1 / (len(dims) * batch**2), rows / (len(dims) * batch)
         _join(partial, cosines, losses, terms, weights, shares)
     return *terms, gradient if needs[0] else _floats(x, 0)
+
+
+def _by_gram(x: torch.Tensor, own: range, targets: Sequence[torch.Tensor], dims: Sequence[int], wanted: bool) -> bool:
+    """Whether the D×D form is cheaper. Only where float64 has matrix units: A100, H100 and H200, B200."""
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) not in ((8, 0), (9, 0), (10, 0)):
+        return False
+    return gram_is_cheaper(x[own.start : own.stop], x, targets, dims, wanted)
 
 
 def similarity_loss(
@@ -380,3 +396,76 @@ def alignment_loss(
             )
         _join(losses, None, None, (loss, None, None, None), (0, 1, 0), (0, share, 0))
     return loss, gradient if needs_gradient else _floats(student, 0)
+
+
+# What is shipped, for the proof without a GPU
+
+DIMS = (1024, 768, 512, 256, 128)
+ALIGNMENT_WIDTHS = (384, 768, 1024, 4096, 8192, 16384, 100)
+TESTED = {
+    "norms bf16",
+    "scores bf16 tile=64",
+    "weights and relative",
+    "finish bf16",
+    "join",
+    "alignment l2sq normalized bf16 D=1024",
+}
+# Arguments by kind; others are sizes and strides.
+OF_STUDENT = ("x", "student")
+OF_FLOATS = (
+    *("inverse", "wide", "targets", "scores", "teacher_scores", "partial", "pairs", "row_sums", "column_sums"),
+    *("gradient", "sums", "full_inverse", "cosines", "losses", "total", "cosine", "similarity", "relative", "teacher"),
+)
+NUMBERS = (
+    *("scale", "pair_scale", "share", "cosine_weight", "similarity_weight", "relative_weight"),
+    *("cosine_share", "similarity_share", "relative_share"),
+)
+TUPLES = {"targets": 1, "target_strides": 1, "target_widths": 1, "widths": len(DIMS)}
+
+
+def shipped() -> list[Shipped]:
+    """What is launched for one teacher and the widths DIMS, and for alignment what encoders' widths ask for."""
+    found = []
+    for dtype in ("fp32", "bf16", "fp16"):
+        half, absent = dtype != "fp32", () if dtype != "fp32" else ("wide",)
+        found.append(_shipped(f"norms {dtype}", norms_kernel, _norms_constants(DIMS), OPTIONS, absent, dtype))
+        for tile in (32, 64):
+            for symmetric in (True, False):
+                for what, absent in (("", ()), (" loss alone", ("scores", "teacher_scores"))):
+                    constants = _scores_constants(DIMS, tile, half, symmetric, tf32=False)
+                    title = f"scores{what} {dtype} tile={tile}{'' if symmetric else ' of ranks'}"
+                    found.append(_shipped(title, scores_kernel, constants, _scores_options(tile), absent, dtype))
+        for what, absent in (("", ()), (" without cosine", ("cosines",)), (" of cosine", ("sums", "inverse"))):
+            constants = _finish_constants(DIMS[0], added="inverse" not in absent)
+            found.append(_shipped(f"finish{what} {dtype}", finish_kernel, constants, OPTIONS, absent, dtype))
+        for width in ALIGNMENT_WIDTHS:
+            for kind, normalize in [*((kind, False) for kind in range(len(KINDS))), (KINDS.index("l2sq"), True)]:
+                title = f"alignment {KINDS[kind]}{' normalized' if normalize else ''} {dtype} D={width}"
+                constants, config = _alignment_constants(width, kind, normalize), norm_config(width, backward=True)
+                found.append(_shipped(title, alignment_kernel, constants, config.options, (), dtype, config.programs))
+    for what, absent in (
+        (" and relative", ("column_sums",)),
+        ("", ("pairs",)),
+        (" of ranks", ("pairs", "column_sums")),
+    ):
+        found.append(_shipped(f"weights{what}", weights_kernel, WEIGHTS, WEIGHTS_OPTIONS, absent, programs=2))
+    one = ("cosines", "losses", "cosine", "similarity", "relative")
+    found += [_shipped("join", join_kernel, JOIN, OPTIONS, ()), _shipped("join one", join_kernel, JOIN, OPTIONS, one)]
+    return found
+
+
+def _shipped(title, kernel, constants, options, absent, dtype="fp32", programs=1) -> Shipped:
+    signature = {}
+    for param in kernel.params:
+        name = param.name
+        if name in constants or name in absent:
+            continue
+        if name in OF_STUDENT or name in OF_FLOATS:
+            kind = f"*{dtype if name in OF_STUDENT else 'fp32'}:16"
+        else:
+            kind = "fp32" if name in NUMBERS else "i32" if param.do_not_specialize else "i32:16"
+            if name.endswith("stride") and constants.get("WIDTH", 0) % 16:
+                kind = "i32"
+        signature[name] = (kind,) * TUPLES[name] if name in TUPLES else kind
+    constants = constants | dict.fromkeys(absent)
+    return Shipped("distill", title, kernel, signature, constants, options, programs, title in TESTED)
