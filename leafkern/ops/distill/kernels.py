@@ -25,8 +25,6 @@ from leafkern.ops.relative.autograd import relative_scores
 BLOCK = 256 << 20
 # Programs of one launch that keeps a partial sum of each and nothing else.
 MOST_TILES = 1 << 22
-# The widest rows that the alignment kernel holds in registers.
-WIDEST_ALIGNMENT = 16384
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 WEIGHTS = {"ROWS": 32, "COLUMNS": 64}
 WEIGHTS_OPTIONS = {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": True}
@@ -373,7 +371,7 @@ def similarity_loss(
 def alignment_loss(
     student: torch.Tensor, teacher: torch.Tensor, kind: int, normalize: bool, needs_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss and the student's gradient, float32, or (0,). student, teacher (B, D), D <= WIDEST_ALIGNMENT."""
+    """As lean_alignment_loss in reference.py; float32. Rows wider than 16384 no longer fit into registers."""
     rows, width = student.shape
     student, teacher = unit_columns(student), unit_columns(teacher)
     gradient = _floats(student, rows, width) if needs_gradient else None
@@ -401,7 +399,7 @@ def alignment_loss(
 # What is shipped, for the proof without a GPU
 
 DIMS = (1024, 768, 512, 256, 128)
-ALIGNMENT_WIDTHS = (384, 768, 1024, 4096, 8192, 16384, 100)
+ALIGNMENT_WIDTHS = {"fp32": (384, 1024, 8192, 16384), "bf16": (384, 1024, 100), "fp16": (384,)}
 TESTED = {
     "norms bf16",
     "scores bf16 tile=64",
@@ -430,16 +428,19 @@ def shipped() -> list[Shipped]:
         half, absent = dtype != "fp32", () if dtype != "fp32" else ("wide",)
         found.append(_shipped(f"norms {dtype}", norms_kernel, _norms_constants(DIMS), OPTIONS, absent, dtype))
         for tile in (32, 64):
-            for symmetric in (True, False):
-                for what, absent in (("", ()), (" loss alone", ("scores", "teacher_scores"))):
-                    constants = _scores_constants(DIMS, tile, half, symmetric, tf32=False)
-                    title = f"scores{what} {dtype} tile={tile}{'' if symmetric else ' of ranks'}"
-                    found.append(_shipped(title, scores_kernel, constants, _scores_options(tile), absent, dtype))
+            for what, symmetric, absent in (
+                ("", True, ()),
+                (" of ranks", False, ()),
+                (" loss alone", True, ("scores", "teacher_scores")),
+            ):
+                constants = _scores_constants(DIMS, tile, half, symmetric, tf32=False)
+                title = f"scores{what} {dtype} tile={tile}"
+                found.append(_shipped(title, scores_kernel, constants, _scores_options(tile), absent, dtype))
         for what, absent in (("", ()), (" without cosine", ("cosines",)), (" of cosine", ("sums", "inverse"))):
             constants = _finish_constants(DIMS[0], added="inverse" not in absent)
             found.append(_shipped(f"finish{what} {dtype}", finish_kernel, constants, OPTIONS, absent, dtype))
-        for width in ALIGNMENT_WIDTHS:
-            for kind, normalize in [*((kind, False) for kind in range(len(KINDS))), (KINDS.index("l2sq"), True)]:
+        for width in ALIGNMENT_WIDTHS[dtype]:
+            for kind, normalize in ((0, False), (0, True), (1, False), (3, False)):
                 title = f"alignment {KINDS[kind]}{' normalized' if normalize else ''} {dtype} D={width}"
                 constants, config = _alignment_constants(width, kind, normalize), norm_config(width, backward=True)
                 found.append(_shipped(title, alignment_kernel, constants, config.options, (), dtype, config.programs))
