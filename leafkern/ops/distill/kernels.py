@@ -1,4 +1,39 @@
-"""Triton kernels of similarity_loss, distill_loss and alignment_loss, value and gradient together. Not timed yet."""
+"""Triton kernels of similarity_loss, distill_loss and alignment_loss, value and gradient together. Not timed yet.
+
+Work. B rows in all ranks, b of them here, K prefix widths d_1 > ... > d_K of D, teachers D_t wide together, s bytes per
+entry of the student. Raw dot products of prefixes add up from narrow to wide, so that all widths cost one product of
+width d_1; inverse norms, K·B floats, make them cosines; no unit rows are formed.
+- norms: one launch. Reads s·B·D bytes; of half precision writes a float32 copy, 4·B·d_1, for the gradient's products.
+- scores: one launch over square tiles. With the whole batch here only tiles on and above the diagonal are formed,
+  B²·(d_1 + D_t) operations, else 2·b·B·(d_1 + D_t). At a width's end the tile is in registers: cosine, squared error.
+  Without a gradient and the relative term nothing else is written, 4 bytes per tile.
+- weights: one launch, of bytes. A width's gradient by the cosine, g, times both inverse norms, summed from the widest
+  prefix down, in the place of the cosines: 8·K + 4 bytes per pair of rows, and 4·K for the relative term, whose
+  gradient stands above the diagonal only. Sums of g · cosine over rows give what is projected out.
+- products: K launches of the library's, weights by rows, one per segment of the columns: 2·b·B·d_1 operations.
+- finish: one launch. Projections, and the cosine term with its gradient: 2·s·b·D + 4·b·D_t bytes read, 8·b·D for the
+  gradient. join: one launch of one program adds up the parts.
+Together K + 5 launches, and those of the relative term; 3 for a value alone. Sums that programs share are joined in
+order, in float64 for the losses: no atomics, nothing on the host.
+
+A block of rows' cosines is stored, (K + 1)·4 bytes per pair of rows, because forming them again would cost d_1 + D_t
+multiply-adds per pair, and because a library's product of the weights with the rows is the fastest there is. Without
+the relative term blocks take at most BLOCK bytes whatever B (one row's cosines, if that is more: B > 11 million for
+K = 5), and with several of them the mirrored halves of the weights serve the rows below. With the relative term, which
+sorts all cosines, (K + 1)·4·B² bytes, and its own gradient as much again. For batches that are large against the widths
+the D×D form of gram.py takes fewer operations; it is chosen by their count where float64 has matrix units.
+
+Precision. float32 products are IEEE, or TF32 where torch.backends.cuda.matmul.allow_tf32 allows it; half precision
+enters the matrix units as it is, with float32 sums. The gradient's products take float32 weights and rows on both
+sides: weights rounded to bfloat16 would be off by 2⁻⁹ each, and as what unit vectors don't feel is subtracted, by more
+than the tolerance of 1e-2 in bad cases. Cosines, errors, weights and norms are float32.
+
+alignment_loss: one launch over rows, held in registers between loads and stores: s·B·D + 4·B·D bytes read, 4·B·D
+written with the gradient, some 10 operations per entry; and join.
+
+Memory. Rows may lie apart; where the entries of a row are not adjacent, a tensor is copied. Addresses of tiles are
+64-bit.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +43,7 @@ import torch
 import triton
 
 from leafkern.ops._core.cubin import Shipped
-from leafkern.ops._core.launch import multiprocessors, next_power_of_2, norm_config, on_device, unit_columns
+from leafkern.ops._core.launch import Config, multiprocessors, next_power_of_2, norm_config, on_device, unit_columns
 from leafkern.ops.distill.device import (
     alignment_kernel,
     finish_kernel,
@@ -26,8 +61,7 @@ BLOCK = 256 << 20
 # Programs of one launch that keeps a partial sum of each and nothing else.
 MOST_TILES = 1 << 22
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-WEIGHTS = {"ROWS": 32, "COLUMNS": 64}
-WEIGHTS_OPTIONS = {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": True}
+WEIGHTS = Config(rows=32, columns=64, warps=8, programs=2)
 JOIN = {"ENTRIES": 1024}
 
 
@@ -49,8 +83,10 @@ def _scores_constants(dims: Sequence[int], tile: int, half: bool, symmetric: boo
     }
 
 
-def _scores_options(tile: int) -> dict:
-    return {"num_warps": tile // 8, "num_stages": 3, "enable_fp_fusion": True}
+def scores_config(tile: int) -> Config:
+    """16 or 8 entries of each of a tile's two sums per thread, and enough registers for them, the factors of a step
+    and the places of what is written."""
+    return Config(rows=tile, columns=tile, warps=tile // 8, programs=1 if tile == 64 else 3)
 
 
 def _finish_constants(width: int, added: bool) -> dict:
@@ -134,7 +170,7 @@ def _scores(
         own.start,
         own.stop,
         **_scores_constants(held.dims, tile, held.x.dtype != torch.float32, symmetric, _tf32()),
-        **_scores_options(tile),
+        **scores_config(tile).options,
     )
 
 
@@ -157,7 +193,7 @@ def _weights(held, block, begin, scores, taught, pairs, scale, pair_scale, mirro
     """Scores (K, b, B - begin) of the rows `block` become the weights of the products. Returns, in parts, the sums that
     the projections need: of rows (parts, K, b) and, if mirrored, of columns (parts, K, B - begin)."""
     count, rows, columns = scores.shape
-    grid = triton.cdiv(columns, WEIGHTS["COLUMNS"]), triton.cdiv(rows, WEIGHTS["ROWS"])
+    grid = triton.cdiv(columns, WEIGHTS.columns), triton.cdiv(rows, WEIGHTS.rows)
     row_sums = _floats(scores, grid[0], count, rows)
     column_sums = _floats(scores, grid[1], count, columns) if mirrored else None
     weights_kernel[grid](
@@ -176,8 +212,9 @@ def _weights(held, block, begin, scores, taught, pairs, scale, pair_scale, mirro
         begin,
         float(scale),
         float(pair_scale),
-        **WEIGHTS,
-        **WEIGHTS_OPTIONS,
+        ROWS=WEIGHTS.rows,
+        COLUMNS=WEIGHTS.columns,
+        **WEIGHTS.options,
     )
     return row_sums, column_sums
 
@@ -435,7 +472,8 @@ def shipped() -> list[Shipped]:
             ):
                 constants = _scores_constants(DIMS, tile, half, symmetric, tf32=False)
                 title = f"scores{what} {dtype} tile={tile}"
-                found.append(_shipped(title, scores_kernel, constants, _scores_options(tile), absent, dtype))
+                options, programs = scores_config(tile).options, scores_config(tile).programs
+                found.append(_shipped(title, scores_kernel, constants, options, absent, dtype, programs))
         for what, absent in (("", ()), (" without cosine", ("cosines",)), (" of cosine", ("sums", "inverse"))):
             constants = _finish_constants(DIMS[0], added="inverse" not in absent)
             found.append(_shipped(f"finish{what} {dtype}", finish_kernel, constants, OPTIONS, absent, dtype))
@@ -449,7 +487,9 @@ def shipped() -> list[Shipped]:
         ("", ("pairs",)),
         (" of ranks", ("pairs", "column_sums")),
     ):
-        found.append(_shipped(f"weights{what}", weights_kernel, WEIGHTS, WEIGHTS_OPTIONS, absent, programs=2))
+        constants = {"ROWS": WEIGHTS.rows, "COLUMNS": WEIGHTS.columns}
+        title, programs = f"weights{what}", WEIGHTS.programs
+        found.append(_shipped(title, weights_kernel, constants, WEIGHTS.options, absent, programs=programs))
     one = ("cosines", "losses", "cosine", "similarity", "relative")
     found += [_shipped("join", join_kernel, JOIN, OPTIONS, ()), _shipped("join one", join_kernel, JOIN, OPTIONS, one)]
     return found
