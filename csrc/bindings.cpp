@@ -126,7 +126,6 @@ PYBIND11_MODULE(_C, module) {
         relative(kernels, a, reinterpret_cast<unsigned char*>(workspace));
     });
 
-    module.attr("DISTILL_LOSS") = static_cast<int>(kDistillLoss);
     module.attr("DISTILL_SCORES") = static_cast<int>(kDistillScores);
     module.attr("DISTILL_FUSED") = static_cast<int>(kDistillFused);
     module.attr("DISTILL_WEIGHTS") = static_cast<int>(kDistillWeights);
@@ -144,17 +143,17 @@ PYBIND11_MODULE(_C, module) {
     // sizes: rows, columns; strides: of widths and rows of scores, of rows of teacher, of widths of norms and sums.
     module.def("distill_block", [](bool is_double, int pass, int widths, const std::vector<int64_t>& sizes,
                                    const std::vector<int64_t>& strides, bool mirrored, double error_scale,
-                                   double relative_scale, int threads, uintptr_t scores, uintptr_t teacher,
+                                   double relative_scale, bool flat, int threads, uintptr_t scores, uintptr_t teacher,
                                    uintptr_t relative, uintptr_t left, uintptr_t right, uintptr_t row_sums,
                                    uintptr_t column_sums, uintptr_t loss) {
-        if (widths < 1 || pass < kDistillLoss || pass > kDistillWeights || sizes.size() != 2 || strides.size() != 4 ||
+        if (widths < 1 || pass < kDistillScores || pass > kDistillWeights || sizes.size() != 2 || strides.size() != 4 ||
             sizes[0] < 0 || sizes[1] < 0 || (mirrored && sizes[0] > sizes[1]))
             throw std::invalid_argument("distill: pass, widths or sizes out of range");
         const DistillBlock block{static_cast<DistillPass>(pass), widths, sizes[0], sizes[1], strides[0], strides[1],
                                  strides[2], reinterpret_cast<void*>(scores), reinterpret_cast<const void*>(teacher),
                                  reinterpret_cast<const void*>(relative), mirrored,
                                  reinterpret_cast<const void*>(left), reinterpret_cast<const void*>(right), strides[3],
-                                 error_scale, relative_scale, reinterpret_cast<double*>(row_sums),
+                                 error_scale, relative_scale, flat, reinterpret_cast<double*>(row_sums),
                                  reinterpret_cast<double*>(column_sums), reinterpret_cast<double*>(loss)};
         const DistillSteps& steps = chosen.distill->steps[is_double];
         std::vector<double> workspace(distill_workspace(block));
@@ -190,6 +189,26 @@ PYBIND11_MODULE(_C, module) {
             distill_finish(steps, arguments, threads);
         }
         for (const double cosine : cosines) total += cosine;
+        return total;
+    });
+    // Returns the sum of the distances.
+    module.def("distill_align", [](bool is_double, int kind, bool normalize, int64_t count, int64_t width, double scale,
+                                   int threads, uintptr_t rows, int64_t stride, uintptr_t teacher,
+                                   int64_t teacher_stride, uintptr_t gradient) {
+        if (kind < kL2Squared || kind > kCosine || count < 0 || width < 0)
+            throw std::invalid_argument("align: kind or sizes out of range");
+        std::vector<double> distances(count);
+        const DistillAlign arguments{static_cast<AlignmentKind>(kind), normalize, count, width,
+                                     reinterpret_cast<const void*>(rows), reinterpret_cast<const void*>(teacher),
+                                     stride, teacher_stride, scale, distances.data(),
+                                     reinterpret_cast<void*>(gradient)};
+        const DistillSteps& steps = chosen.distill->steps[is_double];
+        double total = 0;
+        {
+            py::gil_scoped_release released;
+            distill_align(steps, arguments, threads);
+        }
+        for (const double distance : distances) total += distance;
         return total;
     });
 }

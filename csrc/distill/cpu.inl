@@ -39,6 +39,17 @@ double dot(const T* x, const T* y, int64_t count) {
     return sum(lanes);
 }
 
+// 1 / max(norm, 1e-12), 0 for 0; and its square, which is 0 below 1e-12.
+template <typename T>
+struct Inverse {
+    T scale, projected;
+    explicit Inverse(double square) {
+        const T norm = static_cast<T>(std::sqrt(square)), least = static_cast<T>(1e-12);
+        scale = norm == 0 ? 0 : 1 / (norm < least ? least : norm);
+        projected = norm < least ? 0 : scale * scale;
+    }
+};
+
 template <typename T>
 void norms(const DistillNorms& a, int64_t begin, int64_t end) {
     T* inverse = static_cast<T*>(a.inverse);
@@ -50,10 +61,9 @@ void norms(const DistillNorms& a, int64_t begin, int64_t end) {
         for (int k = a.widths - 1; k >= 0; --k) {
             square += sum_of_squares(x + column, a.dims[k] - column);
             column = a.dims[k];
-            const T norm = static_cast<T>(std::sqrt(square));
-            const T scale = norm == 0 ? 0 : 1 / (norm < static_cast<T>(1e-12) ? static_cast<T>(1e-12) : norm);
-            inverse[k * a.count + row] = scale;
-            projected[k * a.count + row] = norm < static_cast<T>(1e-12) ? 0 : scale * scale;
+            const Inverse<T> norm(square);
+            inverse[k * a.count + row] = norm.scale;
+            projected[k * a.count + row] = norm.projected;
         }
     }
 }
@@ -106,6 +116,8 @@ void stripe(const DistillBlock& b, int64_t begin, int64_t end, bool mirrored, do
     T column_sums[kDistillStripe], relative[kDistillStripe] = {};
     double loss = 0;
     for (int k = 0; k < b.widths; ++k) {
+        const bool flat = b.flat && k == b.widths - 1;
+        const T scale = flat ? 0 : static_cast<T>(b.relative_scale);
         const T* slopes = static_cast<const T*>(b.relative) + (b.relative ? k * b.width_stride : 0);
         for (int64_t j = 0; j < count; ++j) column_sums[j] = 0;
         for (int64_t row = 0; row < b.rows; ++row) {
@@ -117,11 +129,10 @@ void stripe(const DistillBlock& b, int64_t begin, int64_t end, bool mirrored, do
                          k == 0 ? none : scores - b.width_stride,
                          column_sums,
                          static_cast<const T*>(b.left)[k * b.norm_stride + row],
-                         static_cast<T>(b.error_scale),
+                         flat ? 0 : static_cast<T>(b.error_scale),
                          {},
                          {}};
             if (pass == kDistillWeights) {
-                const T scale = static_cast<T>(b.relative_scale);
                 const T* along = slopes + row * b.row_stride + begin;
                 for (int64_t j = 0; j < count; ++j) relative[j] = scale * along[j];
                 if (!mirrored)
@@ -143,7 +154,6 @@ void stripe(const DistillBlock& b, int64_t begin, int64_t end, bool mirrored, do
 template <typename T>
 void stripe_of(const DistillBlock& b, int64_t begin, int64_t end, bool mirrored, double* sums) {
     switch (b.pass) {
-        case kDistillLoss: return stripe<T, kDistillLoss>(b, begin, end, mirrored, sums);
         case kDistillScores: return stripe<T, kDistillScores>(b, begin, end, mirrored, sums);
         case kDistillFused: return stripe<T, kDistillFused>(b, begin, end, mirrored, sums);
         default: return stripe<T, kDistillWeights>(b, begin, end, mirrored, sums);
@@ -154,6 +164,12 @@ void stripe_of(const DistillBlock& b, int64_t begin, int64_t end, bool mirrored,
 template <typename T>
 void add(T scale, const T* x, int64_t count, T* y) {
     for (int64_t i = 0; i < count; ++i) y[i] += scale * x[i];
+}
+
+// Whether n(x) is a sign, whose gradient is exactly 0.
+template <typename T>
+bool width_of_one(int64_t width, T projected) {
+    return width == 1 && projected > 0;
 }
 
 template <typename T>
@@ -174,6 +190,7 @@ void finish(const DistillFinish& a, int64_t begin, int64_t end) {
             a.cosines[row] = product * inverse;
             along = a.slope * a.cosines[row] * static_cast<const T*>(a.whole_projected)[row];
             by_target = static_cast<T>(a.slope * inverse);
+            if (width_of_one(a.width, static_cast<const T*>(a.whole_projected)[row])) along = by_target = 0;
         }
         if (a.gradient == nullptr) continue;
         T* to = static_cast<T*>(a.gradient) + row * a.width;
@@ -194,11 +211,69 @@ void finish(const DistillFinish& a, int64_t begin, int64_t end) {
     }
 }
 
+// Sums over a row of (s * inverse - t)² and of (s * inverse - t) * s * inverse.
+template <typename T>
+void errors(const T* s, const T* t, T inverse, int64_t count, double* square, double* along) {
+    T squares[kLanes<T>] = {}, products[kLanes<T>] = {};
+    int64_t i = 0;
+    for (; i + kLanes<T> <= count; i += kLanes<T>)
+        for (int l = 0; l < kLanes<T>; ++l) {
+            const T unit = s[i + l] * inverse, error = unit - t[i + l];
+            squares[l] += error * error;
+            products[l] += error * unit;
+        }
+    for (; i < count; ++i) {
+        const T unit = s[i] * inverse, error = unit - t[i];
+        squares[0] += error * error;
+        products[0] += error * unit;
+    }
+    *square = sum(squares);
+    *along = sum(products);
+}
+
+template <typename T>
+void align(const DistillAlign& a, int64_t begin, int64_t end) {
+    const int64_t width = a.width;
+    for (int64_t row = begin; row < end; ++row) {
+        const T* s = static_cast<const T*>(a.rows) + row * a.stride;
+        const T* t = static_cast<const T*>(a.teacher) + row * a.teacher_stride;
+        // The gradient is by_error * (s * inverse - t) - by_student * s: where both terms are near each other, their
+        // difference is exact.
+        double inverse, by_error, by_student;
+        if (a.kind == kCosine) {
+            const Inverse<T> student(sum_of_squares(s, width)), teacher(sum_of_squares(t, width));
+            const double cosine = dot(s, t, width) * student.scale * teacher.scale;
+            a.distances[row] = 1 - cosine;
+            inverse = 0;
+            by_error = a.scale * student.scale * teacher.scale;
+            by_student = -a.scale * cosine * student.projected;
+            if (width_of_one(width, student.projected)) by_error = by_student = 0;
+        } else {
+            Inverse<T> student(1);
+            if (a.normalize) student = Inverse<T>(sum_of_squares(s, width));
+            double square, along;
+            errors(s, t, student.scale, width, &square, &along);
+            const double norm = std::sqrt(square);
+            a.distances[row] = a.kind == kL2 ? norm : square;
+            const double slope = a.scale * (a.kind != kL2 ? 2 : norm == 0 ? 0 : 1 / norm);
+            inverse = student.scale;
+            by_error = slope * student.scale;
+            by_student = a.normalize ? slope * along * student.projected : 0;
+            if (a.normalize && width_of_one(width, student.projected)) by_error = by_student = 0;
+        }
+        if (a.gradient == nullptr) continue;
+        T* to = static_cast<T*>(a.gradient) + row * width;
+        const T scale = static_cast<T>(inverse), of_error = static_cast<T>(by_error), of_row = static_cast<T>(by_student);
+        for (int64_t i = 0; i < width; ++i) to[i] = of_error * (s[i] * scale - t[i]) - of_row * s[i];
+    }
+}
+
 }  // namespace
 
 extern const DistillKernels distill_kernels;
 const DistillKernels distill_kernels = {
-    {{norms<float>, stripe_of<float>, finish<float>}, {norms<double>, stripe_of<double>, finish<double>}}};
+    {{norms<float>, stripe_of<float>, finish<float>, align<float>},
+     {norms<double>, stripe_of<double>, finish<double>, align<double>}}};
 
 }  // namespace LEAFKERN_ISA
 }  // namespace leafkern

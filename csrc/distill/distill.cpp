@@ -76,4 +76,9 @@ void distill_finish(const DistillSteps& steps, const DistillFinish& arguments, i
     parallel(threads, pieces(arguments.count, kRows), rows.run, &rows);
 }
 
+void distill_align(const DistillSteps& steps, const DistillAlign& arguments, int threads) {
+    ByRows<DistillAlign> rows{steps.align, arguments};
+    parallel(threads, pieces(arguments.count, kRows), rows.run, &rows);
+}
+
 }  // namespace leafkern

@@ -4,6 +4,7 @@
 //   norms    inverse norms of every prefix of every row
 //   block    a block of dot products of every width becomes cosines, the sum of squared errors, or the weights W_ij of
 //            the gradient da_i = sum over j of W_ij b_j, for all widths in one pass
+//   align    the distance of rows from a teacher's, and its gradient, in one pass
 //   finish   takes the part along the rows out of the gradient and adds that of the cosine loss
 //
 // Sums of a stripe of columns are float in 16 lanes (double: 8), beyond it double, in an order that no thread count
@@ -26,8 +27,7 @@ struct DistillNorms {
 };
 
 enum DistillPass {
-    kDistillLoss,     // dot products -> sum of squared errors
-    kDistillScores,   // ... and cosines in their place
+    kDistillScores,   // dot products -> sum of squared errors, and cosines in their place
     kDistillFused,    // ... and weights in their place
     kDistillWeights,  // cosines and the gradient by them -> weights in their place
 };
@@ -48,6 +48,8 @@ struct DistillBlock {
     const void* right;  // of the columns
     int64_t norm_stride;
     double error_scale, relative_scale;  // the slope by a cosine: error_scale * error + relative_scale * relative
+    // The last width is 1, and no row's norm below 1e-12: n(x) is a sign there, its gradient exactly 0.
+    bool flat;
     // To the sums of slope * cos of each row and of each mirrored column is added; widths `norm_stride` apart.
     double* row_sums;
     double* column_sums;
@@ -74,12 +76,27 @@ struct DistillFinish {
     void* gradient;   // (count, width), added to; null: not wanted
 };
 
+enum AlignmentKind { kL2Squared, kL2, kMeanSquared, kCosine };  // the order of KINDS in reference.py
+
+struct DistillAlign {
+    AlignmentKind kind;
+    bool normalize;  // the rows are compared as n(x)
+    int64_t count, width;
+    const void* rows;
+    const void* teacher;
+    int64_t stride, teacher_stride;
+    double scale;      // of the sum of distances
+    double* distances;  // (count,), without the scale
+    void* gradient;    // (count, width), or null
+};
+
 // What each instruction set offers for one type.
 struct DistillSteps {
     void (*norms)(const DistillNorms& arguments, int64_t begin, int64_t end);
     // Columns [begin, end), none or all of them mirrored; sums: the loss, then (widths, rows) of slope * cos.
     void (*stripe)(const DistillBlock& block, int64_t begin, int64_t end, bool mirrored, double* sums);
     void (*finish)(const DistillFinish& arguments, int64_t begin, int64_t end);
+    void (*align)(const DistillAlign& arguments, int64_t begin, int64_t end);
 };
 
 struct DistillKernels {
@@ -96,5 +113,6 @@ void distill_norms(const DistillSteps& steps, const DistillNorms& arguments, int
 int64_t distill_workspace(const DistillBlock& block);
 void distill_block(const DistillSteps& steps, const DistillBlock& block, double* workspace, int threads);
 void distill_finish(const DistillSteps& steps, const DistillFinish& arguments, int threads);
+void distill_align(const DistillSteps& steps, const DistillAlign& arguments, int threads);
 
 }  // namespace leafkern

@@ -44,6 +44,12 @@ def losses(model, rows, gather):
     dims, ids = {"dims": [OUT, 4]}, (rows["ids"], rows["negative_ids"])
     teachers, both = [rows["same"], rows["other"]], {"teacher_weights": [2.0, 1.0]}
     cases = {f"alignment {kind}": (ops.alignment_loss, x, rows["same"], {"kind": kind}) for kind in KINDS}
+    cases["alignment of a head"] = (
+        ops.alignment_loss,
+        rows["x"],
+        rows["same"],
+        {"weight": model.weight if hasattr(model, "weight") else model.module.weight, "normalize": True},
+    )
     cases |= {
         "similarity": (ops.similarity_loss, x, rows["other"], dims),
         "similarity, two teachers": (ops.similarity_loss, x, teachers, both),

@@ -6,12 +6,10 @@ import torch
 
 from leafkern.errors import InputError
 from leafkern.ops._core.checks import (
-    check_finite_rows,
+    check_directions,
     check_floating,
-    check_nonzero_rows,
     check_numbers,
     check_same_device,
-    values_checked,
 )
 from leafkern.ops._core.normalize import at_least_float32
 from leafkern.ops._core.registration import without_autocast
@@ -40,11 +38,7 @@ def unit_targets(
             raise InputError(f"student, {name}: {student.shape[0]} and {t.shape[0]} rows; expected the same number")
         check_same_device(student=student, **{name: t})
         wide.append(t.detach().to(at_least_float32(t.dtype)))
-        norms.append(torch.linalg.vector_norm(wide[-1], dim=1, keepdim=True))
-        # Lengths above 0 and finite are those of good rows; the checks find out which row is not, and why.
-        if values_checked(t) and not ((norms[-1] > 0) & (norms[-1] < torch.inf)).all():
-            check_finite_rows(name, t)
-            check_nonzero_rows(name, t)
+        norms.append(check_directions(name, wide[-1]))
     count = len(teachers)
     weights = (
         [1.0] * count if teacher_weights is None else check_numbers("teacher_weights", teacher_weights, count, least=0)

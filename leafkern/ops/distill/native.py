@@ -4,8 +4,8 @@ Over the prefixes of raw rows, from narrow to wide, dot products add up: those o
 width, and inverse norms make them cosines. For whole batches half of the matrix suffices: B²·(D_s + D_t) operations.
 The gradient's weights are summed from the widest width down, so that each segment of columns takes one product:
 2·B²·D_s operations for all widths. Without the relative term, a block of rows at a time: _BLOCK_BYTES for its K + 1
-matrices, or what one row's scores take if that is more. Storing a block is cheaper than forming its products again. With
-the relative term, whose sorts need all scores, 2·K + 1 matrices of B·B.
+matrices, or what one row's scores take if that is more. A block is stored because forming its products again would cost
+more. With the relative term, whose sorts need all scores, 2·K + 1 matrices of B·B.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,10 @@ from leafkern.ops._core.launch import unit_columns
 from leafkern.ops._core.native import library, unavailable
 from leafkern.ops._core.normalize import common_dtype
 from leafkern.ops.distill.gram import gram_is_cheaper, gram_similarity
+from leafkern.ops.distill.reference import KINDS
 from leafkern.ops.relative.autograd import relative_scores
 
-# Rows of a block at the most: its diagonal square is computed whole.
+# Rows of a block, and bytes of its matrices, at the most. Of its diagonal square nothing is saved.
 _BLOCK_ROWS, _BLOCK_BYTES = 128, 32 << 20
 
 
@@ -79,6 +80,43 @@ def distill_loss(
     return *(torch.tensor(x, dtype=dtype, device="cpu") for x in (total, cosine, similarity, relative)), gradient
 
 
+def _block_rows(x: torch.Tensor, widths: int) -> int:
+    """Rows of x whose scores against all rows of x, of every width and the teacher's, make one block."""
+    return max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // max(1, x.element_size() * x.shape[0] * (widths + 1))))
+
+
+def alignment_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    kind: int,
+    normalize: bool,
+    needs_gradient: bool,
+    threads: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.lean_alignment_loss`; `threads`: torch's."""
+    module, _ = library()
+    dtype = common_dtype(student, teacher)
+    student, teacher = unit_columns(student.to(dtype)), unit_columns(teacher.to(dtype))
+    rows, width = student.shape
+    scale = 1 / max(student.numel() if KINDS[kind] == "mse" else rows, 1)
+    gradient = student.new_empty(student.shape if needs_gradient else (0,))
+    total = module.distill_align(
+        dtype == torch.float64,
+        kind,
+        normalize,
+        rows,
+        width,
+        scale,
+        threads or torch.get_num_threads(),
+        student.data_ptr(),
+        student.stride(0),
+        teacher.data_ptr(),
+        teacher.stride(0),
+        gradient.data_ptr() if needs_gradient else 0,
+    )
+    return torch.tensor(total * scale, dtype=dtype, device="cpu"), gradient
+
+
 class _Batch:
     """All rows, the norms of their prefixes, and what the passes collect."""
 
@@ -97,15 +135,15 @@ class _Batch:
         self.loss = torch.zeros((), dtype=torch.float64, device="cpu")
         pointers = everyone.data_ptr(), everyone.stride(0), self.inverse.data_ptr(), self.projected.data_ptr()
         self.module.distill_norms(self.is_double, self.count, width, widths, self.threads, *pointers)
+        # With a single entry n(x) is a sign, unless it is below the clamp, and its gradient is exactly 0.
+        self.flat = dims[-1] == 1 and not ((self.projected[-1] == 0) & (self.inverse[-1] != 0)).any().item()
 
     def similarity(self, weight: float) -> float:
         """The mean squared error of the own rows' cosines over all rows; its gradient, times `weight`, without what
         `finish` projects out."""
         widths, count = len(self.dims), self.count
         scale = 1 / (widths * (self.own.stop - self.own.start) * count)
-        name = "DISTILL_LOSS" if self.gradient is None else "DISTILL_FUSED"
-        size = self.rows.element_size() * count * (widths + 1)
-        step = max(1, min(2 * _BLOCK_ROWS, _BLOCK_BYTES // size))
+        step = _block_rows(self.rows, widths)
         space = self.rows.new_empty(min(step, count) * count * (widths + 1))
         for first in range(self.own.start, self.own.stop, step):
             last = min(first + step, self.own.stop)
@@ -114,7 +152,7 @@ class _Batch:
             teacher, *scores = space[: (widths + 1) * shape[0] * shape[1]].view(widths + 1, *shape)
             self._dot_products(first, last, begin, scores, teacher)
             scales = {"error_scale": 4 * weight / (widths * count**2)}
-            self._pass(name, first, begin, self.whole, scores, teacher, **scales)
+            self._pass("DISTILL_FUSED", first, begin, self.whole, scores, teacher, **scales)
             if self.gradient is not None:
                 self._add_to_gradient(first, last, begin, self.whole, scores)
         return self.loss.item() * scale
@@ -141,8 +179,8 @@ class _Batch:
         return self.loss.item() * scale, losses.sum().item() / widths
 
     def finish(self, weight: float) -> float:
-        """The own rows' share of the cosine loss, if `weight` asks for it; its gradient, and what is to be projected out
-        of that of the prefixes."""
+        """The own rows' share of the cosine loss, if `weight` asks for it; its gradient, and what has to be projected
+        out of that of the prefixes."""
         place = self.rows.element_size() * self.own.start
         of_dims = place + self.rows.element_size() * self.first * self.count
         targets = self.targets if weight else []
@@ -193,6 +231,7 @@ class _Batch:
             mirrored,
             error_scale,
             relative_scale,
+            self.flat,
             self.threads,
             scores[0].data_ptr(),
             teacher.data_ptr(),

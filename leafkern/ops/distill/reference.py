@@ -15,12 +15,20 @@ KINDS = ("l2sq", "l2", "mse", "cosine")
 _BLOCK = {"cpu": (256, 16 << 20), "cuda": (2048, 256 << 20)}
 
 
-def brute_alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> torch.Tensor:
-    """One row at a time, as the formulas say."""
-    dtype = common_dtype(student, teacher)
+def brute_alignment_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    kind: str,
+    normalize: bool = False,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One row at a time, as the formulas say; with `weight`, of student @ weightᵀ."""
+    dtype = common_dtype(student, teacher, weight)
     teacher = teacher.detach()
-    total = student.new_zeros((), dtype=dtype) + (student * 0).sum().to(dtype)
+    total = sum((x * 0).sum().to(dtype) for x in (student, weight) if x is not None)
     for s, t in zip(student.to(dtype), teacher.to(dtype), strict=True):
+        s = s if weight is None else weight.to(dtype) @ s
+        s = brute_normalize(s) if normalize else s
         square = (s - t).square().sum()
         if kind == "l2sq":
             total = total + square
@@ -77,6 +85,37 @@ def brute_distill_loss(
         relative = relative + brute_relative(scores, teacher_scores, margin, reference_ties, min_gap) / len(dims)
     total = weights[0] * cosine + weights[1] * similarity + weights[2] * relative
     return total, cosine, similarity, relative
+
+
+def lean_alignment_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    kind: int,
+    normalize: bool,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The alignment loss of given rows (B, D) and its gradient (B, D), or an empty (0,); kind: a place in KINDS."""
+    dtype = common_dtype(student, teacher)
+    s, t = student.to(dtype), teacher.to(dtype)
+    rows = max(s.shape[0], 1)
+    if KINDS[kind] == "cosine":
+        units, targets = normalize_rows(s), normalize_rows(t)
+        loss = (1 - (units * targets).sum(-1)).sum() / rows
+        slope = targets.div_(-rows)
+    else:
+        units = normalize_rows(s) if normalize else s
+        slope = units - t
+        if KINDS[kind] == "l2":
+            norm = torch.linalg.vector_norm(slope, dim=-1, keepdim=True)
+            loss = norm.sum() / rows
+            slope /= torch.where(norm == 0, torch.inf, norm * rows)
+        else:
+            scale = 1 / (max(s.numel(), 1) if KINDS[kind] == "mse" else rows)
+            loss = slope.square().sum() * scale
+            slope *= 2 * scale
+    if not needs_gradient:
+        return loss, s.new_empty(0)
+    return loss, normalize_rows_backward(slope, s) if normalize or KINDS[kind] == "cosine" else slope
 
 
 def blocked_similarity_loss(
