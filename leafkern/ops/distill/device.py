@@ -145,15 +145,16 @@ def scores_kernel(
         tl.store(partial + o_partial, squares)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "flat"])
 def weights_kernel(
     scores, teacher_scores, pairs, inverse, row_sums, column_sums,
-    columns, plane, rows, count, batch, first, begin, scale, pair_scale,
+    columns, plane, rows, count, flat, batch, first, begin, scale, pair_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # scores, planes of (rows, columns), become weights: g, the gradient by a cosine, times both inverse norms, summed
     # from the widest prefix down. row_sums (programs of columns, count, rows) and column_sums (programs of rows, count,
-    # columns): g · cosine. pairs (count, batch, batch): gradients of the relative term, above the diagonal.
+    # columns): g · cosine. pairs (count, batch, batch): gradients of the relative term, above the diagonal. flat: the
+    # place of a prefix of width 1, or -1: its cosines are signs, whose gradient is exactly 0.
     i_program, j_program = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     i_lanes, j_lanes = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     i_local, j_local = i_program * ROWS + i_lanes, j_program * COLUMNS + j_lanes
@@ -179,12 +180,15 @@ def weights_kernel(
             b_below = tl.load(o_below + j_lanes[None, :] * batch + i_lanes[:, None], mask=below, other=0.0)
             slope += pair_scale * tl.where(i_rows[:, None] < j_rows[None, :], b_above, 0.0)
             slope += pair_scale * tl.where(i_rows[:, None] > j_rows[None, :], b_below, 0.0)
+        i_inverse = tl.load(inverse + k * batch + i_rows, mask=m_i, other=0.0)
+        j_inverse = tl.load(inverse + k * batch + j_rows, mask=m_j, other=0.0)
+        # By a product: NaN stays.
+        signs = (i_inverse != CLAMPED)[:, None] & (j_inverse != CLAMPED)[None, :]
+        slope *= 1.0 - tl.where(k == flat, signs.to(tl.float32), 0.0)
         along = slope * cosines
         tl.store(row_sums + (j_program * count + k) * rows + i_local, tl.sum(along, 1), mask=m_i)
         if column_sums is not None:
             tl.store(column_sums + (i_program * count + k) * columns + j_local, tl.sum(along, 0), mask=m_j)
-        i_inverse = tl.load(inverse + k * batch + i_rows, mask=m_i, other=0.0)
-        j_inverse = tl.load(inverse + k * batch + j_rows, mask=m_j, other=0.0)
         weight += slope * i_inverse[:, None] * j_inverse[None, :]
         tl.store(p_scores, weight, mask=inside)
 
@@ -254,6 +258,8 @@ def finish_kernel(
             offset += target_widths[p]
         x_inverse += tl.load(full_inverse + i_row)
         tl.store(cosines + i_own, along * x_inverse)
+        # The gradient of a sign is exactly 0; by a product: NaN stays.
+        scale *= tl.where((width == 1) & (x_inverse != CLAMPED), 0.0, 1.0)
     if gradient is not None:
         gradient += i_own * width
         if cosines is None:
@@ -337,4 +343,7 @@ def alignment_kernel(
         if NORMALIZE or KIND == "cosine":
             along = tl.where(inverse == CLAMPED, 0.0, tl.sum(slope * x, 1))
             slope = (slope - along[:, None] * x) * inverse[:, None]
+            if WIDTH == 1:
+                # The gradient of a sign is exactly 0; by a product: NaN stays.
+                slope *= tl.where(inverse == CLAMPED, 1.0, 0.0)[:, None]
         tl.store(gradient + i_rows[:, None] * WIDTH + columns[None, :], slope * share, mask=inside)

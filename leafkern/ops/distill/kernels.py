@@ -83,10 +83,11 @@ def _scores_constants(dims: Sequence[int], tile: int, half: bool, symmetric: boo
     }
 
 
-def scores_config(tile: int) -> Config:
-    """16 or 8 entries of each of a tile's two sums per thread, and enough registers for them, the factors of a step
-    and the places of what is written."""
-    return Config(rows=tile, columns=tile, warps=tile // 8, programs=1 if tile == 64 else 3)
+def _scores_options(tile: int, spread: bool) -> dict:
+    """16 entries of each of a tile's two sums per thread, or 8. Told nothing, ptxas spills to win occupancy that the
+    launch doesn't use, but not in the kernel that stores float32 products (spread), where it spills if told."""
+    config = Config(rows=tile, columns=tile, warps=tile // 8, programs=1 if tile == 64 else 3)
+    return {name: value for name, value in config.options.items() if not spread or name != "maxnreg"}
 
 
 def _finish_constants(width: int, added: bool) -> dict:
@@ -149,7 +150,7 @@ def _scores(
     """Cosines of the rows `block` with rows begin... into scores (K, b, B - begin), and of their targets into taught;
     squared errors of the rows `own` into partial. symmetric: begin is the block's first row, and own holds all rows or
     the block does."""
-    batch, tile = len(held.x), _tile(held.x)
+    batch, tile, half = len(held.x), _tile(held.x), held.x.dtype != torch.float32
     scores_kernel[_grid(held.x, block, begin)](
         held.x,
         held.inverse,
@@ -169,13 +170,9 @@ def _scores(
         begin,
         own.start,
         own.stop,
-        **_scores_constants(held.dims, tile, held.x.dtype != torch.float32, symmetric, _tf32()),
-        **scores_config(tile).options,
+        **_scores_constants(held.dims, tile, half, symmetric, torch.backends.cuda.matmul.allow_tf32),
+        **_scores_options(tile, scores is not None and not half),
     )
-
-
-def _tf32() -> bool:
-    return torch.backends.cuda.matmul.allow_tf32
 
 
 def _tile(x: torch.Tensor) -> int:
@@ -207,6 +204,7 @@ def _weights(held, block, begin, scores, taught, pairs, scale, pair_scale, mirro
         scores.stride(0),
         rows,
         count,
+        count - 1 if held.dims[-1] == 1 else -1,
         len(held.x),
         block.start,
         begin,
@@ -462,8 +460,11 @@ def shipped() -> list[Shipped]:
     """What is launched for one teacher and the widths DIMS, and for alignment what encoders' widths ask for."""
     found = []
     for dtype in ("fp32", "bf16", "fp16"):
-        half, absent = dtype != "fp32", () if dtype != "fp32" else ("wide",)
-        found.append(_shipped(f"norms {dtype}", norms_kernel, _norms_constants(DIMS), OPTIONS, absent, dtype))
+        half, constants = dtype != "fp32", _norms_constants(DIMS)
+        found.append(_shipped(f"norms {dtype}", norms_kernel, constants, OPTIONS, () if half else ("wide",), dtype))
+        if half:
+            title = f"norms without copy {dtype}"
+            found.append(_shipped(title, norms_kernel, constants, OPTIONS, ("wide",), dtype))
         for tile in (32, 64):
             for what, symmetric, absent in (
                 ("", True, ()),
@@ -472,10 +473,10 @@ def shipped() -> list[Shipped]:
             ):
                 constants = _scores_constants(DIMS, tile, half, symmetric, tf32=False)
                 title = f"scores{what} {dtype} tile={tile}"
-                options, programs = scores_config(tile).options, scores_config(tile).programs
+                options, programs = _scores_options(tile, not absent and not half), 1 if tile == 64 else 3
                 found.append(_shipped(title, scores_kernel, constants, options, absent, dtype, programs))
-        for what, absent in (("", ()), (" without cosine", ("cosines",)), (" of cosine", ("sums", "inverse"))):
-            constants = _finish_constants(DIMS[0], added="inverse" not in absent)
+        for what, absent in (("", ()), (" without cosine", ("cosines",))):
+            constants = _finish_constants(DIMS[0], added=True)
             found.append(_shipped(f"finish{what} {dtype}", finish_kernel, constants, OPTIONS, absent, dtype))
         for width in ALIGNMENT_WIDTHS[dtype]:
             for kind, normalize in ((0, False), (0, True), (1, False), (3, False)):
@@ -490,8 +491,12 @@ def shipped() -> list[Shipped]:
         constants = {"ROWS": WEIGHTS.rows, "COLUMNS": WEIGHTS.columns}
         title, programs = f"weights{what}", WEIGHTS.programs
         found.append(_shipped(title, weights_kernel, constants, WEIGHTS.options, absent, programs=programs))
-    one = ("cosines", "losses", "cosine", "similarity", "relative")
-    found += [_shipped("join", join_kernel, JOIN, OPTIONS, ()), _shipped("join one", join_kernel, JOIN, OPTIONS, one)]
+    for what, absent in (
+        ("", ()),
+        (" of similarity", ("cosines", "losses")),
+        (" of alignment", ("cosines", "losses", "cosine", "similarity", "relative")),
+    ):
+        found.append(_shipped(f"join{what}", join_kernel, JOIN, OPTIONS, absent))
     return found
 
 
