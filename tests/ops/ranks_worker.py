@@ -48,7 +48,7 @@ def losses(model, rows, gather):
         ops.alignment_loss,
         rows["x"],
         rows["same"],
-        {"weight": model.weight if hasattr(model, "weight") else model.module.weight, "normalize": True},
+        {"weight": getattr(model, "module", model).weight, "normalize": True},
     )
     cases |= {
         "similarity": (ops.similarity_loss, x, rows["other"], dims),
@@ -75,6 +75,10 @@ def losses(model, rows, gather):
 KINDS = ("l2sq", "l2", "mse", "cosine")
 
 
+def _gradient(parameter):
+    return (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten()
+
+
 def results(rows, gather, dtype):
     """name -> (value, gradient of every parameter, flat)."""
     found = {}
@@ -83,7 +87,7 @@ def results(rows, gather, dtype):
         loss = losses(model, rows, gather)[name]()
         loss = getattr(loss, "total", loss)
         loss.backward()
-        found[name] = (loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()]))
+        found[name] = (loss.detach(), torch.cat([_gradient(p) for p in model.parameters()]))
     return found
 
 
