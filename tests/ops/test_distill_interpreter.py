@@ -119,7 +119,7 @@ def test_wide_rows():
 
 
 # (rows of a block, where there is one): all; whole tiles of 32; fewer than a tile, without symmetry.
-@pytest.mark.parametrize("rows", [70, 64, 40, 32, 20])
+@pytest.mark.parametrize("rows", [70, 64, 32, 20])
 def test_blocks_of_rows(kernels, monkeypatch, rows):
     student, teachers = drawn(70, 12, 5, 8)
     expected = exact(student, teachers, [10, 3], (0.0, 1.0, 0.0))
@@ -239,10 +239,9 @@ def test_launches(launches):
     assert launches == ["join", "join"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("wanted", [True, False])
-def test_opcheck(kernels, dtype, wanted):
-    student, teachers = drawn(5, 6, 4, 2, dtype=dtype)
+def test_opcheck(kernels, wanted):
+    student, teachers = drawn(5, 6, 4, 2, dtype=torch.float16)
     targets = unit_targets(student, teachers)
     own = student.detach()[1:3].clone().requires_grad_(wanted)
     torch.library.opcheck(SIMILAR, (own, student.detach(), targets, 1, [6, 2], [wanted]))

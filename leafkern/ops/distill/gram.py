@@ -10,7 +10,7 @@ import torch
 
 from leafkern.ops._core.normalize import normalize_rows, normalize_rows_backward
 
-_ROWS = 512
+_ROWS, _ROWS_ON_CUDA = 512, 4096
 _FLOAT64_COST = 2  # times a product in float32, on CPU
 
 
@@ -35,7 +35,7 @@ def gram_similarity(
     """The similarity loss of all rows, float64, and its gradient by the rows `own`, in their dtype (or an empty (0,)).
 
     everyone: (B, D); targets: (B, D_k) each, the parts of unit rows. Memory: 8·d·(d + Σ D_k) bytes for the widest
-    prefix d, 8·D_k·D_l for two targets, and some copies of 512 rows.
+    prefix d, 8·D_k·D_l for two targets, and some copies of 512 rows (CUDA: 4096).
     """
     batch = everyone.shape[0]
     gradient = everyone.new_zeros(own.stop - own.start, everyone.shape[1]) if wanted else everyone.new_empty(0)
@@ -53,7 +53,7 @@ def gram_similarity(
         if not wanted:
             continue
         parts = [_blocks(target, own.start, own.stop) for target in targets]
-        to = gradient[:, :dim].split(_ROWS)
+        to = gradient[:, :dim].split(_rows(prefix))
         for rows, out, *targets_rows in zip(_blocks(prefix, own.start, own.stop), to, *parts):
             slope = normalize_rows(rows) @ among
             for target, matrix in zip(targets_rows, across):
@@ -63,9 +63,14 @@ def gram_similarity(
     return (loss / (len(dims) * batch**2)).clamp(min=0), gradient
 
 
+def _rows(x):
+    return _ROWS_ON_CUDA if x.is_cuda else _ROWS
+
+
 def _blocks(x, start, stop):
     """Rows [start, stop) of x in float64, a few at a time."""
-    return (x[first : min(first + _ROWS, stop)].double() for first in range(start, stop, _ROWS))
+    step = _rows(x)
+    return (x[first : min(first + step, stop)].double() for first in range(start, stop, step))
 
 
 def _units(x, start, stop):
