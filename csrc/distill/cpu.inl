@@ -211,24 +211,22 @@ void finish(const DistillFinish& a, int64_t begin, int64_t end) {
     }
 }
 
-// Sums over a row of (s * inverse - t)² and of (s * inverse - t) * s * inverse.
-template <typename T>
-void errors(const T* s, const T* t, T inverse, int64_t count, double* square, double* along) {
-    T squares[kLanes<T>] = {}, products[kLanes<T>] = {};
+// The sum over a row of (s * inverse - t)², or of (s * inverse - t) * s * inverse: one at a time, for which compilers
+// find vectors.
+template <typename T, bool squared>
+double errors(const T* s, const T* t, T inverse, int64_t count) {
+    T lanes[kLanes<T>] = {};
     int64_t i = 0;
     for (; i + kLanes<T> <= count; i += kLanes<T>)
         for (int l = 0; l < kLanes<T>; ++l) {
             const T unit = s[i + l] * inverse, error = unit - t[i + l];
-            squares[l] += error * error;
-            products[l] += error * unit;
+            lanes[l] += error * (squared ? error : unit);
         }
     for (; i < count; ++i) {
         const T unit = s[i] * inverse, error = unit - t[i];
-        squares[0] += error * error;
-        products[0] += error * unit;
+        lanes[0] += error * (squared ? error : unit);
     }
-    *square = sum(squares);
-    *along = sum(products);
+    return sum(lanes);
 }
 
 template <typename T>
@@ -251,14 +249,12 @@ void align(const DistillAlign& a, int64_t begin, int64_t end) {
         } else {
             Inverse<T> student(1);
             if (a.normalize) student = Inverse<T>(sum_of_squares(s, width));
-            double square, along;
-            errors(s, t, student.scale, width, &square, &along);
-            const double norm = std::sqrt(square);
+            const double square = errors<T, true>(s, t, student.scale, width), norm = std::sqrt(square);
             a.distances[row] = a.kind == kL2 ? norm : square;
             const double slope = a.scale * (a.kind != kL2 ? 2 : norm == 0 ? 0 : 1 / norm);
             inverse = student.scale;
             by_error = slope * student.scale;
-            by_student = a.normalize ? slope * along * student.projected : 0;
+            by_student = a.normalize ? slope * errors<T, false>(s, t, student.scale, width) * student.projected : 0;
             if (a.normalize && width_of_one(width, student.projected)) by_error = by_student = 0;
         }
         if (a.gradient == nullptr) continue;

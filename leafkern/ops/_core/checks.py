@@ -79,10 +79,12 @@ def check_nonzero_rows(name: str, x: torch.Tensor) -> None:
 def check_directions(name: str, x: torch.Tensor) -> torch.Tensor:
     """Names the first row of `x` (B, D) that can't be normalised; returns all norms (B, 1) in at least float32."""
     norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    # A length above 0 and finite is that of a good row; only where there is another do the checks look at entries.
-    if values_checked(x) and not ((norms > 0) & (norms < torch.inf)).all():
-        check_finite_rows(name, x)
-        check_nonzero_rows(name, x)
+    if norms.numel() and values_checked(x):
+        # A length above 0 and finite is that of a good row; only where there is another do the checks look at entries.
+        shortest, longest = torch.aminmax(norms)
+        if not (shortest.item() > 0 and longest.item() < math.inf):
+            check_finite_rows(name, x)
+            check_nonzero_rows(name, x)
     return norms
 
 
