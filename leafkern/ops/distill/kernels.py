@@ -13,20 +13,20 @@ width d_1; inverse norms, K·B floats, make them cosines; no unit rows are forme
 - products: K launches of the library's, weights by rows, one per segment of the columns: 2·b·B·d_1 operations.
 - finish: one launch. Projections, and the cosine term with its gradient: 2·s·b·D + 4·b·D_t bytes read, 8·b·D for the
   gradient. join: one launch of one program adds up the parts.
-Together K + 5 launches, and those of the relative term; 3 for a value alone. Sums that programs share are joined in
-order, in float64 for the losses: no atomics, nothing on the host.
+Together K + 5 launches, and those of the relative term; 3 for the value of similarity alone. Sums that programs share
+are joined in order, in float64 for the losses: no atomics, nothing on the host.
 
 A block of rows' cosines is stored, (K + 1)·4 bytes per pair of rows, because forming them again would cost d_1 + D_t
 multiply-adds per pair, and because a library's product of the weights with the rows is the fastest there is. Without
 the relative term blocks take at most BLOCK bytes whatever B (one row's cosines, if that is more: B > 11 million for
 K = 5), and with several of them the mirrored halves of the weights serve the rows below. With the relative term, which
-sorts all cosines, (K + 1)·4·B² bytes, and its own gradient as much again. For batches that are large against the widths
+sorts all cosines, (2·K + 1)·4·B² bytes with the gradient by them. For batches that are large against the widths
 the D×D form of gram.py takes fewer operations; it is chosen by their count where float64 has matrix units.
 
 Precision. float32 products are IEEE, or TF32 where torch.backends.cuda.matmul.allow_tf32 allows it; half precision
 enters the matrix units as it is, with float32 sums. The gradient's products take float32 weights and rows on both
-sides: weights rounded to bfloat16 would be off by 2⁻⁹ each, and as what unit vectors don't feel is subtracted, by more
-than the tolerance of 1e-2 in bad cases. Cosines, errors, weights and norms are float32.
+sides: weights rounded to bfloat16 would be off by up to 2⁻⁹ each, and by more of what the projections leave of them,
+beside a tolerance of 1e-2. Cosines, errors, weights and norms are float32.
 
 alignment_loss: one launch over rows, held in registers between loads and stores: s·B·D + 4·B·D bytes read, 4·B·D
 written with the gradient, some 10 operations per entry; and join.
