@@ -1,10 +1,13 @@
 // Python's door to the kernels: raw pointers, sizes and thread counts in, nothing owned, the GIL released.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common/isa.h"
+#include "distill/distill.h"
 #include "relative/relative.h"
 #include "retrieval/search.h"
 
@@ -16,9 +19,10 @@ namespace {
 struct Kernels {
     const SearchKernels* search;
     const RelativeKernels* relative;
+    const DistillKernels* distill;
 };
 
-Kernels chosen = {&portable::search_kernels, &portable::relative_kernels};
+Kernels chosen = {&portable::search_kernels, &portable::relative_kernels, &portable::distill_kernels};
 
 py::list instruction_sets() {
     py::list names;
@@ -30,12 +34,12 @@ py::list instruction_sets() {
 void select_isa(const std::string& name) {
 #if LEAFKERN_X86
     if (name == "avx2" && has_isa_avx2()) {
-        chosen = {&avx2::search_kernels, &avx2::relative_kernels};
+        chosen = {&avx2::search_kernels, &avx2::relative_kernels, &avx2::distill_kernels};
         return;
     }
 #endif
     if (name != "portable") throw std::invalid_argument("no such instruction set here: " + name);
-    chosen = {&portable::search_kernels, &portable::relative_kernels};
+    chosen = {&portable::search_kernels, &portable::relative_kernels, &portable::distill_kernels};
 }
 
 SearchArguments search_arguments(int form, int dim, int flip, int64_t queries, int64_t count, int64_t stride, int k,
@@ -62,6 +66,15 @@ RelativeArguments relative_arguments(bool is_double, int64_t batch, int widths, 
     a.widths = widths;
     a.threads = threads;
     return a;
+}
+
+void check_distill(const std::vector<int64_t>& dims, int64_t width, int64_t count) {
+    bool falling = count >= 0;
+    for (const int64_t dim : dims) {
+        falling = falling && dim >= 1 && dim <= width;
+        width = dim - 1;
+    }
+    if (!falling) throw std::invalid_argument("distill: dims or count out of range");
 }
 
 }  // namespace
@@ -111,5 +124,91 @@ PYBIND11_MODULE(_C, module) {
         a.gradient = reinterpret_cast<void*>(gradient);
         py::gil_scoped_release released;
         relative(kernels, a, reinterpret_cast<unsigned char*>(workspace));
+    });
+
+    module.attr("DISTILL_SCORES") = static_cast<int>(kDistillScores);
+    module.attr("DISTILL_FUSED") = static_cast<int>(kDistillFused);
+    module.attr("DISTILL_WEIGHTS") = static_cast<int>(kDistillWeights);
+    module.def("distill_norms", [](bool is_double, int64_t count, int64_t width, const std::vector<int64_t>& dims,
+                                   int threads, uintptr_t rows, int64_t stride, uintptr_t inverse,
+                                   uintptr_t projected) {
+        check_distill(dims, width, count);
+        const DistillNorms arguments{reinterpret_cast<const void*>(rows), stride, count, dims.data(),
+                                     static_cast<int>(dims.size()), reinterpret_cast<void*>(inverse),
+                                     reinterpret_cast<void*>(projected)};
+        const DistillSteps& steps = chosen.distill->steps[is_double];
+        py::gil_scoped_release released;
+        distill_norms(steps, arguments, threads);
+    });
+    // sizes: rows, columns; strides: of widths and rows of scores, of rows of teacher, of widths of norms and sums.
+    module.def("distill_block", [](bool is_double, int pass, int widths, const std::vector<int64_t>& sizes,
+                                   const std::vector<int64_t>& strides, bool mirrored, double error_scale,
+                                   double relative_scale, bool flat, int threads, uintptr_t scores, uintptr_t teacher,
+                                   uintptr_t relative, uintptr_t left, uintptr_t right, uintptr_t row_sums,
+                                   uintptr_t column_sums, uintptr_t loss) {
+        if (widths < 1 || pass < kDistillScores || pass > kDistillWeights || sizes.size() != 2 || strides.size() != 4 ||
+            sizes[0] < 0 || sizes[1] < 0 || (mirrored && sizes[0] > sizes[1]))
+            throw std::invalid_argument("distill: pass, widths or sizes out of range");
+        const DistillBlock block{static_cast<DistillPass>(pass), widths, sizes[0], sizes[1], strides[0], strides[1],
+                                 strides[2], reinterpret_cast<void*>(scores), reinterpret_cast<const void*>(teacher),
+                                 reinterpret_cast<const void*>(relative), mirrored,
+                                 reinterpret_cast<const void*>(left), reinterpret_cast<const void*>(right), strides[3],
+                                 error_scale, relative_scale, flat, reinterpret_cast<double*>(row_sums),
+                                 reinterpret_cast<double*>(column_sums), reinterpret_cast<double*>(loss)};
+        const DistillSteps& steps = chosen.distill->steps[is_double];
+        std::vector<double> workspace(distill_workspace(block));
+        py::gil_scoped_release released;
+        distill_block(steps, block, workspace.data(), threads);
+    });
+    // targets: address, stride and width of each part, or none without a cosine loss, whose sum is returned.
+    module.def("distill_finish", [](bool is_double, int64_t count, int64_t width, const std::vector<int64_t>& dims,
+                                    const std::vector<uintptr_t>& targets, const std::vector<int64_t>& target_strides,
+                                    const std::vector<int64_t>& target_widths, double slope, int64_t norm_stride,
+                                    int threads, uintptr_t rows, int64_t stride, uintptr_t projected, uintptr_t sums,
+                                    uintptr_t inverse, uintptr_t whole_projected, uintptr_t gradient) {
+        check_distill(dims, width, count);
+        int64_t side_by_side = 0;
+        for (const int64_t each : target_widths) side_by_side += each;
+        if (targets.size() != target_strides.size() || targets.size() != target_widths.size() ||
+            (!targets.empty() && side_by_side != width))
+            throw std::invalid_argument("distill: targets are not as wide as the rows");
+        std::vector<const void*> addresses;
+        for (const uintptr_t target : targets) addresses.push_back(reinterpret_cast<const void*>(target));
+        std::vector<double> cosines(targets.empty() ? 0 : count);
+        const DistillFinish arguments{reinterpret_cast<const void*>(rows), stride, count, width, dims.data(),
+                                      static_cast<int>(dims.size()), reinterpret_cast<const void*>(projected),
+                                      reinterpret_cast<const double*>(sums), norm_stride,
+                                      static_cast<int>(targets.size()), addresses.data(), target_strides.data(),
+                                      target_widths.data(), reinterpret_cast<const void*>(inverse),
+                                      reinterpret_cast<const void*>(whole_projected), slope, cosines.data(),
+                                      reinterpret_cast<void*>(gradient)};
+        const DistillSteps& steps = chosen.distill->steps[is_double];
+        double total = 0;
+        {
+            py::gil_scoped_release released;
+            distill_finish(steps, arguments, threads);
+        }
+        for (const double cosine : cosines) total += cosine;
+        return total;
+    });
+    // Returns the sum of the distances.
+    module.def("distill_align", [](bool is_double, int kind, bool normalize, int64_t count, int64_t width, double scale,
+                                   int threads, uintptr_t rows, int64_t stride, uintptr_t teacher,
+                                   int64_t teacher_stride, uintptr_t gradient) {
+        if (kind < kL2Squared || kind > kCosine || count < 0 || width < 0)
+            throw std::invalid_argument("align: kind or sizes out of range");
+        std::vector<double> distances(count);
+        const DistillAlign arguments{static_cast<AlignmentKind>(kind), normalize, count, width,
+                                     reinterpret_cast<const void*>(rows), reinterpret_cast<const void*>(teacher),
+                                     stride, teacher_stride, scale, distances.data(),
+                                     reinterpret_cast<void*>(gradient)};
+        const DistillSteps& steps = chosen.distill->steps[is_double];
+        double total = 0;
+        {
+            py::gil_scoped_release released;
+            distill_align(steps, arguments, threads);
+        }
+        for (const double distance : distances) total += distance;
+        return total;
     });
 }

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leafkern.errors import BackendError
-from leafkern.ops._core import backend
+from leafkern.ops._core.backend import FallbackWarning, _warn_once
 
 
 def bounds(lengths):
@@ -31,6 +31,14 @@ BATCHES = {
 
 
 @contextmanager
+def backend(setting):
+    """LEAFKERN_BACKEND for fixtures of whole modules, which hypothesis wants."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEAFKERN_BACKEND", setting)
+        yield
+
+
+@contextmanager
 def poisoned_memory():
     """torch.empty gives NaN (bytes: 0xFF): what is read before it is written, or never written, shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
@@ -50,8 +58,8 @@ def served_by_another(monkeypatch, call, reason):
     with pytest.raises(BackendError, match=reason):
         call()
     monkeypatch.delenv("LEAFKERN_BACKEND")
-    backend._warn_once.cache_clear()
-    with pytest.warns(backend.FallbackWarning, match=reason):
+    _warn_once.cache_clear()
+    with pytest.warns(FallbackWarning, match=reason):
         return call()
 
 

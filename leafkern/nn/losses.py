@@ -23,14 +23,15 @@ class _Loss(nn.Module):
 class AlignmentLoss(_Loss):
     """`leafkern.ops.alignment_loss`: distance between a student's vectors and its teacher's (LEAF).
 
-    Call with student (B, D) and teacher (B, D); returns a scalar.
+    Call with student (B, D_s), teacher (B, D_t) and, unless the widths are equal, the weight (D_t, D_s) of a Dense head
+    that belongs to the student; returns a scalar.
     """
 
-    def __init__(self, *, kind: str = "l2sq", gather: str = "none"):
-        super().__init__(kind=kind, gather=gather)
+    def __init__(self, *, kind: str = "l2sq", normalize: bool = False, gather: str = "none"):
+        super().__init__(kind=kind, normalize=normalize, gather=gather)
 
-    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        return ops.alignment_loss(student, teacher, **self.options)
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        return ops.alignment_loss(student, teacher, weight=weight, **self.options)
 
 
 class SimilarityLoss(_Loss):

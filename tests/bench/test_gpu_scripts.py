@@ -134,7 +134,10 @@ def test_the_walk_without_a_gpu_builds_and_collects_everything(tmp_path):
         assert found["status"] == "skipped", name
         assert found["reason"] in reasons, name
     # The log keeps only its end, and these are many.
-    several = {"tests": ["gpu", "pooling_gpu", "attention_gpu", "norm_gpu", *(f"{name}_gpu" for name in losses)], "native": ["retrieval"]}
+    several = {
+        "tests": ["gpu", "pooling_gpu", "attention_gpu", "norm_gpu", *(f"{name}_gpu" for name in losses)],
+        "native": ["retrieval"],
+    }
     for name, parts in several.items():
         assert "tests collected" in written(out, name)["log"]
         for part in parts:

@@ -17,7 +17,7 @@ FUNCTIONS = {
     losses.InfoNCELoss: ops.info_nce,
     losses.SoftLabelLoss: ops.soft_label_loss,
 }
-PASSED_AT_THE_CALL = {"mixed", "ids"}
+PASSED_AT_THE_CALL = {"mixed", "ids", "weight"}
 MIXING = {"listwise", "pairwise", "mix_temperature"}
 
 
@@ -39,6 +39,9 @@ def test_modules_equal_functions():
     negatives, teacher = torch.randn(6, 3, 8), [torch.randn(6, 5), torch.randn(6, 3)]
     options = {"dims": [8, 4], "teacher_weights": [1, 2]}
     assert torch.equal(losses.AlignmentLoss(kind="l2")(student, other), ops.alignment_loss(student, other, kind="l2"))
+    head = torch.randn(8, 8)
+    aligned = losses.AlignmentLoss(normalize=True)(student, other, head)
+    assert torch.equal(aligned, ops.alignment_loss(student, other, normalize=True, weight=head))
     for module, function in list(FUNCTIONS.items())[1:3]:
         assert torch.equal(module(**options)(student, teacher), function(student, teacher, **options))
     distilled = losses.DistillLoss(weights=(1, 2, 3), ties="reference", **options)(student, teacher)
@@ -66,7 +69,7 @@ def test_mixing_draws_negatives_of_its_own():
 
 
 def test_what_is_printed_and_what_is_refused():
-    assert repr(losses.AlignmentLoss()) == "AlignmentLoss(kind='l2sq', gather='none')"
+    assert repr(losses.AlignmentLoss()) == "AlignmentLoss(kind='l2sq', normalize=False, gather='none')"
     assert "mixing={'listwise': 1" in repr(losses.InfoNCELoss(listwise=1))
     with pytest.raises(InputError, match="dims: expected prefix widths from 1 to 8"):
         losses.SimilarityLoss(dims=[9])(torch.randn(2, 8), torch.randn(2, 8))

@@ -44,6 +44,12 @@ def losses(model, rows, gather):
     dims, ids = {"dims": [OUT, 4]}, (rows["ids"], rows["negative_ids"])
     teachers, both = [rows["same"], rows["other"]], {"teacher_weights": [2.0, 1.0]}
     cases = {f"alignment {kind}": (ops.alignment_loss, x, rows["same"], {"kind": kind}) for kind in KINDS}
+    cases["alignment of a head"] = (
+        ops.alignment_loss,
+        rows["x"],
+        rows["same"],
+        {"weight": getattr(model, "module", model).weight, "normalize": True},
+    )
     cases |= {
         "similarity": (ops.similarity_loss, x, rows["other"], dims),
         "similarity, two teachers": (ops.similarity_loss, x, teachers, both),
@@ -69,6 +75,10 @@ def losses(model, rows, gather):
 KINDS = ("l2sq", "l2", "mse", "cosine")
 
 
+def _gradient(parameter):
+    return (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten()
+
+
 def results(rows, gather, dtype):
     """name -> (value, gradient of every parameter, flat)."""
     found = {}
@@ -77,7 +87,7 @@ def results(rows, gather, dtype):
         loss = losses(model, rows, gather)[name]()
         loss = getattr(loss, "total", loss)
         loss.backward()
-        found[name] = (loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()]))
+        found[name] = (loss.detach(), torch.cat([_gradient(p) for p in model.parameters()]))
     return found
 
 
@@ -125,6 +135,8 @@ def main(rank, counts, folder):
     for call in (
         lambda: ops.similarity_loss(torch.ones(2, 4 + rank), torch.ones(2, 3), gather="ranks"),
         lambda: ops.relative_similarity_loss(torch.ones(2, 4), torch.ones(2, 3 + rank), gather="ranks"),
+        lambda: ops.similarity_loss(torch.ones(2, 4), [torch.ones(2, 3)] * (1 + rank), gather="ranks"),
+        lambda: ops.similarity_loss(torch.ones(2, 4), [torch.ones(2, 3), torch.ones(2, 5 + rank)], gather="ranks"),
         lambda: ops.info_nce(*halves(rank), gather="ranks"),
         lambda: ops.info_nce(*[torch.ones(2, 4)] * 2, torch.ones(2, 1, 4) if rank else None, gather="ranks"),
     ):

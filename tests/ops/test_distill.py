@@ -4,19 +4,28 @@ import itertools
 
 import pytest
 import torch
-from compare import poisoned_memory
+from compare import backend, poisoned_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
 
 from leafkern.errors import InputError
 from leafkern.ops import DistillTerms, alignment_loss, distill_loss, relative_similarity_loss, similarity_loss
+from leafkern.ops._core.native import library
 from leafkern.ops._core.normalize import normalize_rows
-from leafkern.ops.distill import reference
+from leafkern.ops.distill import native, reference
 from leafkern.ops.distill.reference import KINDS, brute_alignment_loss, brute_distill_loss
 
 OP = torch.ops.leafkern.distill_loss.default
 JASPER = (10.0, 200.0, 20.0)
+
+NATIVE = ["native"] if library()[0] else []
+
+
+@pytest.fixture(autouse=True, scope="module", params=[*NATIVE, "reference"])
+def served_by(request):
+    with backend(f"distill={request.param}"):
+        yield request.param
 
 
 def pair(rows, width, dtype=torch.float64):
@@ -24,27 +33,71 @@ def pair(rows, width, dtype=torch.float64):
     return student, torch.randn(rows, width, dtype=dtype)
 
 
+def alignment_near(student, teacher, weight, kind, normalize):
+    """Value and gradients of alignment_loss beside the definition's, by the table's tolerance."""
+    dtype = student.dtype
+    tensors = [x for x in (student, weight) if x is not None]
+    loss = alignment_loss(student, teacher, kind=kind, normalize=normalize, weight=weight)
+    grads = torch.autograd.grad(loss, tensors)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    expected = brute_alignment_loss(exact[0], teacher.double(), kind, normalize, *exact[1:])
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert [grad.dtype for grad in grads] == [x.dtype for x in tensors]
+    torch.testing.assert_close(loss.double(), expected, rtol=TOLERANCE[dtype], atol=1e-6)
+    for grad, expected_grad in zip(grads, torch.autograd.grad(expected, exact)):
+        assert (grad.double() - expected_grad).norm() <= TOLERANCE[dtype] * expected_grad.norm() + 1e-6
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 13), (32, 384)])
-def test_alignment_equals_definition(kind, dtype, rows, width):
-    student, teacher = pair(rows, width, dtype)
-    loss = alignment_loss(student, teacher, kind=kind)
-    (grad,) = torch.autograd.grad(loss, student)
-    exact = student.detach().double().requires_grad_()
-    expected = brute_alignment_loss(exact, teacher.double(), kind)
-    (expected_grad,) = torch.autograd.grad(expected, exact)
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert grad.dtype == dtype
-    torch.testing.assert_close(loss.double(), expected, rtol=TOLERANCE[dtype], atol=1e-6)
-    error = (grad.double() - expected_grad).norm()
-    assert error <= TOLERANCE[dtype] * expected_grad.norm() + 1e-6
+def test_alignment_equals_definition(kind, dtype, normalize, rows, width):
+    alignment_near(*pair(rows, width, dtype), None, kind, normalize)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_alignment_gradcheck(kind):
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("rows", "width", "out"), [(0, 3, 4), (1, 2, 3), (7, 13, 20), (20, 40, 17)])
+def test_alignment_with_a_head_equals_definition(kind, dtype, normalize, rows, width, out):
+    student = torch.randn(rows, width, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(out, width) / width**0.5).to(dtype).requires_grad_()
+    alignment_near(student, torch.randn(rows, out, dtype=dtype), weight, kind, normalize)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_alignment_gradcheck(kind, normalize):
     student, teacher = pair(5, 4)
-    assert torch.autograd.gradcheck(lambda s: alignment_loss(s, teacher, kind=kind), student)
+    weight = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    options = {"kind": kind, "normalize": normalize}
+    assert torch.autograd.gradcheck(lambda s: alignment_loss(s, teacher, **options), student)
+    wide = torch.randn(5, 6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s, w: alignment_loss(s, wide, weight=w, **options), (student, weight))
+
+
+@pytest.mark.parametrize("trained", ["student", "weight"])
+def test_alignment_gradients_not_asked_for_are_not_computed(trained):
+    student, weight = torch.randn(4, 3), torch.randn(5, 3)
+    needs = [trained == "student", trained == "weight"]
+    _, *grads = torch.ops.leafkern.alignment_loss(student, torch.randn(4, 5), weight, 0, False, needs)
+    assert [len(grad) > 0 for grad in grads] == needs
+    teacher = torch.randn(4, 5)
+    (student if trained == "student" else weight).requires_grad_()
+    alignment_loss(student, teacher, weight=weight).backward()
+    assert [x.grad is not None for x in (student, weight)] == needs
+
+
+def test_alignment_of_strided_rows():
+    student, teacher = torch.randn(6, 14), torch.randn(5, 6).T
+    views = student[:, ::3], teacher
+    for kind, normalize in itertools.product(KINDS, (False, True)):
+        expected = alignment_loss(*(x.contiguous() for x in views), kind=kind, normalize=normalize)
+        assert torch.equal(alignment_loss(*views, kind=kind, normalize=normalize), expected)
+    wide = student[:, 4:9].requires_grad_()
+    (grad,) = torch.autograd.grad(alignment_loss(wide, teacher), wide)
+    torch.testing.assert_close(grad, (wide.detach() - teacher) / 3)
 
 
 def test_unit_vectors_relation():
@@ -53,24 +106,28 @@ def test_unit_vectors_relation():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_is_finite_where_the_formula_is_not_smooth(kind):
-    teacher = torch.randn(3, 6)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gradient_is_finite_where_the_formula_is_not_smooth(kind, normalize):
+    teacher = normalize_rows(torch.randn(3, 6))
     student = teacher.clone()
     student[1] = 0
     student.requires_grad_()
-    alignment_loss(student, teacher, kind=kind).backward()
+    loss = alignment_loss(student, teacher, kind=kind, normalize=normalize)
+    loss.backward()
     assert torch.isfinite(student.grad).all()
-    assert (student.grad[[0, 2]].abs() < 1e-6).all()
-    if kind == "cosine":
+    if kind != "l2" or not normalize:
+        assert (student.grad[[0, 2]].abs() < 1e-6).all()
+    if kind == "cosine" or normalize:
         assert (student.grad[1] == 0).all()
 
 
-def test_cosine_below_the_clamp():
+@pytest.mark.parametrize(("kind", "normalize"), [("cosine", False), ("l2sq", True), ("l2", True), ("mse", True)])
+def test_normalised_below_the_clamp(kind, normalize):
     teacher = torch.randn(1, 3, dtype=torch.float64)
     student = torch.tensor([[1e-13, 2e-13, -1e-13]], dtype=torch.float64, requires_grad=True)
-    alignment_loss(student, teacher, kind="cosine").backward()
+    alignment_loss(student, teacher, kind=kind, normalize=normalize).backward()
     other = student.detach().clone().requires_grad_()
-    brute_alignment_loss(other, teacher, "cosine").backward()
+    brute_alignment_loss(other, teacher, kind, normalize).backward()
     torch.testing.assert_close(student.grad, other.grad)
 
 
@@ -120,6 +177,22 @@ def test_alignment_wrong_arguments(student, teacher, kind, message):
         alignment_loss(student, teacher, kind=kind)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": torch.ones(3, 5)}, r"weight: shape \(3, 5\); expected \(D_t, D_s\) = \(5, 3\)"),
+        ({"weight": torch.ones(5)}, "weight: expected 2 dimensions"),
+        ({"weight": torch.ones(5, 3, dtype=torch.int64)}, "weight: expected a floating-point tensor"),
+        ({"weight": torch.ones(5, 3, device="meta")}, "student on cpu, teacher on cpu, weight on meta"),
+        ({"weight": torch.ones(5, 3), "normalize": 1}, "normalize: expected True or False; got 1"),
+        ({}, r"student, teacher: shapes \(2, 3\) and \(2, 5\) differ.*Dense head"),
+    ],
+)
+def test_alignment_wrong_options(options, message):
+    with pytest.raises(InputError, match=message):
+        alignment_loss(torch.ones(2, 3), torch.ones(2, 5), **options)
+
+
 def test_alignment_of_one_process_is_that_of_all_ranks():
     student, teacher = pair(4, 5)
     assert torch.equal(alignment_loss(student, teacher, gather="ranks"), alignment_loss(student, teacher))
@@ -128,19 +201,41 @@ def test_alignment_of_one_process_is_that_of_all_ranks():
 
 
 @pytest.mark.parametrize("kind", range(len(KINDS)))
-def test_alignment_opcheck(kind):
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_alignment_opcheck(kind, head, wanted):
     student, teacher = pair(5, 6, torch.float32)
-    torch.library.opcheck(torch.ops.leafkern.alignment_loss.default, (student, teacher, kind))
+    student = student.detach().requires_grad_(wanted)
+    weight = torch.randn(6, 6, requires_grad=wanted) if head else None
+    arguments = (student, teacher, weight, kind, kind % 2 == 0, [wanted, wanted and head])
+    torch.library.opcheck(torch.ops.leafkern.alignment_loss.default, arguments)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_alignment_compiled_equals_eager(kind):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_alignment_compiled_equals_eager(kind, normalize):
     student, teacher = pair(6, 7, torch.float32)
+    weight = torch.randn(7, 7, requires_grad=True)
+    options = {"kind": kind, "normalize": normalize}
     torch.compiler.reset()
-    compiled = torch.compile(lambda s, t: alignment_loss(s, t, kind=kind), fullgraph=True, backend="aot_eager")
-    eager_loss, loss = alignment_loss(student, teacher, kind=kind), compiled(student, teacher)
-    assert torch.equal(eager_loss, loss)
-    assert torch.equal(*(torch.autograd.grad(x, student)[0] for x in (eager_loss, loss)))
+    compiled = torch.compile(
+        lambda s, t, w: alignment_loss(s, t, **options) + alignment_loss(s, t, weight=w, **options),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    both = alignment_loss(student, teacher, **options) + alignment_loss(student, teacher, weight=weight, **options)
+    grads = [torch.autograd.grad(x, (student, weight)) for x in (both, compiled(student, teacher, weight))]
+    assert torch.equal(both, compiled(student, teacher, weight))
+    assert all(torch.equal(x, y) for x, y in zip(*grads))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alignment_autocast_changes_nothing(dtype):
+    student, teacher = pair(6, 16, dtype)
+    weight = torch.randn(16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = alignment_loss(student, teacher, weight=weight, normalize=True)
+    assert torch.equal(found, alignment_loss(student, teacher, weight=weight, normalize=True))
 
 
 def value_and_gradient(function, student):
@@ -240,8 +335,11 @@ def test_a_weight_of_zero_skips_its_term(weights, monkeypatch):
 
     if not weights[1] or weights[2]:
         monkeypatch.setattr(reference, "_similarity_by_blocks", refuse)
+        monkeypatch.setattr(native._Batch, "similarity", refuse)
+        monkeypatch.setattr(native, "gram_similarity", refuse)
     if not weights[2]:
         monkeypatch.setattr(reference, "relative_scores", refuse)
+        monkeypatch.setattr(native, "relative_scores", refuse)
     full = brute(student, teacher, [4])
     actual = value_and_gradient(lambda s: distill_loss(s, teacher, weights=weights), student)
     total = sum(weight * term for weight, term in zip(weights, full[1:4]))
@@ -262,10 +360,11 @@ def test_terms_are_unweighted_and_detached():
     assert not distill_loss(student.detach(), teacher).total.requires_grad
 
 
-def test_teacher_as_student():
+def test_teacher_as_student(served_by):
     student = torch.randn(7, 9)
     *terms, grad = value_and_gradient(lambda s: distill_loss(s, student, weights=(10, 200, 0)), student)
-    assert terms[2] == 0
+    # The kernels' cosines come of raw rows, the teacher's of unit rows.
+    assert terms[2] <= (0 if served_by == "reference" else 1e-12)
     assert terms[1].abs() <= 1e-6
     assert grad.norm() <= 1e-5
     # Scores that already lie in the teacher's order by more than the margin add nothing.
@@ -281,6 +380,21 @@ def test_independent_heads():
     actual = value_and_gradient(lambda s: distill_loss(s, teacher, weights=(0, 200, 20)), student)
     assert actual[1] == 0
     assert_near(actual, brute(student, teacher, [4], (0.0, 200.0, 20.0)), torch.float64)
+
+
+@pytest.mark.parametrize("weights", [JASPER, (10.0, 200.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_several_targets_are_one_side_by_side(weights, dtype):
+    student, teacher = pair(9, 12, dtype)
+    student, target = student.detach(), normalize_rows(teacher)
+    options = (0, [12, 5], weights, 0.015, False, 0.0, [True])
+    whole = OP(student, None, [target], *options)
+    parts = [target[:, :3], target[:, 3:4].clone(), target[:, 4:]]
+    assert_near(OP(student, None, parts, *options), whole, dtype)
+    # Float targets of a double student, and the other way round, are computed in double.
+    mixed = [parts[0].double(), *parts[1:]]
+    assert OP(student, None, mixed, *options)[0].dtype == torch.float64
+    assert_near(OP(student, None, mixed, *options), whole, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -305,7 +419,8 @@ def test_cosine_ignores_dims():
     student, teacher = pair(7, 12)
     full = value_and_gradient(lambda s: distill_loss(s, teacher, weights=(1, 0, 0)), student)
     actual = value_and_gradient(lambda s: distill_loss(s, teacher, dims=[3], weights=(1, 0, 0)), student)
-    assert all(torch.equal(x, y) for x, y in zip(actual, full))
+    # Squares of a prefix are summed first.
+    assert_near(actual, full, torch.float64)
 
 
 def test_permutation_of_the_batch():
@@ -324,9 +439,9 @@ def test_shares_of_rows_add_up(weights, dtype, counts):
     student, target = student.detach(), normalize_rows(teacher.to(torch.promote_types(dtype, torch.float32)))
     options = ([6, 2], weights, 0.015, False, 0.0, [True])
     ends = list(itertools.accumulate(counts))
-    shares = [OP(student[e - c : e], student, target, e - c, *options) for c, e in zip(counts, ends)]
+    shares = [OP(student[e - c : e], student, [target], e - c, *options) for c, e in zip(counts, ends)]
     sums = [sum(values) for values in list(zip(*shares))[:4]]
-    whole = OP(student, None, target, 0, *options)
+    whole = OP(student, None, [target], 0, *options)
     assert_near((*sums, torch.cat([share[4] for share in shares])), whole, dtype)
 
 
@@ -430,7 +545,9 @@ def test_opcheck(weights, wanted, share):
     student = student.detach()
     own = (student[1:3].clone() if share else student).requires_grad_(wanted)
     everyone = student.detach().clone() if share else None
-    torch.library.opcheck(OP, (own, everyone, teacher, int(share), [6, 2], weights, 0.015, False, 0.0, [wanted]))
+    torch.library.opcheck(
+        OP, (own, everyone, [teacher[:, :4], teacher[:, 4:]], int(share), [6, 2], weights, 0.015, False, 0.0, [wanted])
+    )
 
 
 @pytest.mark.parametrize("weights", [JASPER, (10.0, 200.0, 0.0)])

@@ -37,7 +37,7 @@ def test_the_list_is_whole_and_short():
     assert len(names) == len(set(names))
     assert 1 <= len(TESTED) <= MOST_TESTED
     with_kernels = {item.operation for item in items}
-    assert {"attention", "norm", "pooling", "relative"} <= with_kernels
+    assert {"attention", "contrastive", "distill", "norm", "pooling", "relative"} <= with_kernels
     assert {item.operation for item in TESTED} == with_kernels
     # Every kernel of an operation is tested in at least one configuration.
     assert {id(item.kernel) for item in TESTED} == {id(item.kernel) for item in items}
@@ -241,6 +241,31 @@ def test_what_relative_launches_is_what_is_listed(launches, monkeypatch):
     kernels.relative_scores(torch.rand(1, 512, 512), torch.rand(512, 512), 0.015, False, 0.0, True)
     assert len(launches) == 16 + 4 + 1 + 2 * 3
     items = [item for item in cubin.shipped() if item.operation == "relative"]
+    listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in items]
+    for kernel in launches:
+        assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed
+
+
+def test_what_distill_launches_is_what_is_listed(launches, monkeypatch):
+    from leafkern.ops.distill import kernels
+
+    monkeypatch.setattr(kernels, "gram_is_cheaper", lambda *_: False)
+    monkeypatch.setattr(kernels, "relative_scores", lambda scores, *_: (torch.zeros(len(scores)), scores.clone()))
+    targets = [torch.randn(256, 1024)]
+    options = 0.015, False, 0.0
+    for dtype, multiprocessors in ((torch.float32, 2), (torch.bfloat16, 2), (torch.float32, 132)):
+        student = torch.randn(256, 1024).to(dtype)
+        # Tiles of 64 where there are some for each multiprocessor, or of 32.
+        monkeypatch.setattr(kernels, "multiprocessors", lambda x, count=multiprocessors: count)
+        kernels.distill_loss(student, None, targets, 0, kernels.DIMS, (10.0, 200.0, 20.0), *options, [True])
+        kernels.similarity_loss(student, None, targets, 0, kernels.DIMS, [False])
+        kernels.similarity_loss(student[:128], student, targets, 128, kernels.DIMS, [True])
+        kernels.alignment_loss(student, targets[0], 0, False, True)
+    # Blocks of 128 rows, the first of which serves the rows below.
+    monkeypatch.setattr(kernels, "BLOCK", 4 * (len(kernels.DIMS) + 1) * 256 * 128)
+    kernels.similarity_loss(student, None, targets, 0, kernels.DIMS, [True])
+    assert len(launches) == 3 * (5 + 3 + 5 + 2) + 7
+    items = [item for item in cubin.shipped() if item.operation == "distill"]
     listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in items]
     for kernel in launches:
         assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed

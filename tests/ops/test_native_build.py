@@ -92,6 +92,8 @@ def test_kernels_under_sanitizers(sources, sanitizer, library):
     chosen = {
         "test_retrieval.py": "definition or every_thread or saturate or view or beyond or equal_scores",
         "test_relative.py": "native_equals_brute or every_number or finite or triangles or any_scores",
+        "test_similarity.py": "native_equals_the_blocked_form",
+        "test_distill.py": "alignment_equals or strided_rows",
     }
     if sanitizer == "thread":
         # Torch's own threads are not instrumented; only the kernels' pool is watched, by a program of our own.
@@ -127,8 +129,24 @@ def relative(threads, ties, gap):
     pointers = [part.ctypes.data for part in (student, teacher, loss, gradient, space)]
     _C.relative(*sizes, 0.015, gap, ties, *pointers, len(space))
     return gradient
+rows = rng.standard_normal((300, 24))
+def distill(threads):
+    dims, (inverse, projected) = [24, 9], np.empty((2, 2, 300))
+    _C.distill_norms(True, 300, 24, dims, threads, rows.ctypes.data, 24, inverse.ctypes.data, projected.ctypes.data)
+    scores, taught = np.stack([rows[:, :d] @ rows[:, :d].T for d in dims]), np.zeros((300, 300))
+    sums, loss, gradient = np.zeros((2, 300)), np.zeros(1), np.zeros((300, 24))
+    norms = [inverse.ctypes.data] * 2
+    found = [sums.ctypes.data] * 2 + [loss.ctypes.data]
+    _C.distill_block(True, _C.DISTILL_FUSED, 2, [300, 300], [90000, 300, 300, 300], False, 1.0, 0.0, False, threads,
+                     scores.ctypes.data, taught.ctypes.data, 0, *norms, *found)
+    _C.distill_finish(True, 300, 24, dims, [rows.ctypes.data], [24], [24], 1.0, 300, threads, rows.ctypes.data, 24,
+                      projected.ctypes.data, sums.ctypes.data, *norms[:1], projected.ctypes.data, gradient.ctypes.data)
+    _C.distill_align(True, 1, True, 300, 24, 1.0, threads, rows.ctypes.data, 24, gradient.ctypes.data, 24,
+                     scores.ctypes.data)
+    return np.concatenate([loss, gradient.ravel(), scores.ravel()])
 def both(threads):
-    return [search(threads)] + [relative(threads, ties, gap) for ties in (False, True) for gap in (0.0, 0.5)]
+    found = [relative(threads, ties, gap) for ties in (False, True) for gap in (0.0, 0.5)]
+    return [search(threads), distill(threads), *found]
 expected = both(1)
 workers = [threading.Thread(target=lambda: [both(4) for _ in range(10)]) for _ in range(3)]
 for worker in workers: worker.start()

@@ -49,11 +49,14 @@ def test_ranks_equal_one_process(counts, tmp_path):
     right = ranks_worker.results(ranks_worker.data(torch.float64), "none", torch.float64)["distill"][1]
     for rank in range(len(counts)):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}-ddp.pt"), right, rtol=1e-9, atol=1e-12)
-        first, second, third, fourth = Path(tmp_path / f"{rank}-errors.txt").read_text().splitlines()
+        first, second, *several, third, fourth = Path(tmp_path / f"{rank}-errors.txt").read_text().splitlines()
         assert first.startswith(
             "student: ranks must agree in all but the number of rows; they hold (rows, 4) of float32"
         )
         assert second.startswith("teacher: ranks must agree in all but the number of rows; they hold (rows, 3) of")
+        assert several[0].startswith("teacher: ranks must agree in all but the number of rows; they hold (rows, 3) of")
+        assert "(rows, 3, 2) of float32" in several[0]
+        assert several[1].startswith("teacher[1]: ranks must agree in all but the number of rows; they hold (rows, 5)")
         assert "they hold (rows, 4) of float16, (rows, 4) of bfloat16" in third
         assert fourth.startswith(
             "negatives: ranks must agree in all but the number of rows; they hold None, (rows, 1, 4)"

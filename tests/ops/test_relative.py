@@ -363,7 +363,7 @@ def test_wrong_arguments(changes, message):
 
 
 def op_arguments(student, target, everyone=None, start=0, needs=True):
-    return (student, everyone, target, start, [student.shape[1], 2], 0.015, False, 0.0, [needs])
+    return (student, everyone, [target], start, [student.shape[1], 2], 0.015, False, 0.0, [needs])
 
 
 def test_rows_of_all_ranks():

@@ -1,21 +1,34 @@
 """similarity_loss against its definition: values, gradients, teachers, prefixes, blocks, shares of rows, edge cases."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from compare import LargestTensor, poisoned_memory
+from compare import LargestTensor, backend, poisoned_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
 
 from leafkern.errors import InputError
 from leafkern.ops import distill_loss, similarity_loss
+from leafkern.ops._core.native import library
 from leafkern.ops._core.normalize import normalize_rows
-from leafkern.ops.distill import reference
+from leafkern.ops.distill import autograd, gram, native, reference
 from leafkern.ops.distill.reference import brute_similarity_loss
 
 OP = torch.ops.leafkern.similarity_loss.default
+ROOT = Path(__file__).parents[2]
+
+NATIVE = ["native"] if library()[0] else []
+
+
+@pytest.fixture(autouse=True, scope="module", params=[*NATIVE, "reference"])
+def served_by(request):
+    with backend(f"distill={request.param}"):
+        yield request.param
 
 
 def pair(rows, width, teacher_width, dtype=torch.float64):
@@ -41,6 +54,8 @@ def assert_near(actual, expected, dtype):
 @pytest.fixture
 def three_rows_a_block(monkeypatch):
     monkeypatch.setitem(reference._BLOCK, "cpu", (3, 1 << 20))
+    monkeypatch.setattr(native, "_BLOCK_ROWS", 3)
+    monkeypatch.setattr(native, "gram_is_cheaper", lambda *_: False)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -62,16 +77,21 @@ def test_equals_definition(dtype, dims, rows):
     rows=st.integers(0, 12),
     widths=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     block=st.integers(1, 13),
+    by_gram=st.booleans(),
     data=st.data(),
 )
-def test_any_shape_and_block(dtype, rows, widths, block, data):
+def test_any_shape_and_block(dtype, rows, widths, block, by_gram, data):
     dims = data.draw(st.lists(st.integers(1, widths[0]), min_size=1, max_size=3, unique=True).map(sorted))[::-1]
     student, teacher = pair(rows, *widths, dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(reference._BLOCK, "cpu", (block, 1 << 20))
+        patch.setattr(native, "_BLOCK_ROWS", block)
+        patch.setattr(native, "gram_is_cheaper", lambda *_: by_gram)
+        patch.setattr(gram, "_ROWS", block)
         actual = value_and_gradient(lambda s: similarity_loss(s, teacher, dims=dims), student)
     target = normalize_rows(teacher.double())
-    assert_near(actual, value_and_gradient(lambda s: brute_similarity_loss(s, target, dims), student.double()), dtype)
+    expected = value_and_gradient(lambda s: brute_similarity_loss(s, target, dims), student.double())
+    assert_near(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("dims", [None, [4, 2]])
@@ -106,11 +126,12 @@ def test_one_teacher_in_a_list(dtype):
 
 
 @pytest.mark.parametrize("rows", [2, 40, 600])
-def test_teacher_as_student_is_exactly_zero(rows):
+def test_teacher_as_student_is_zero(rows, served_by):
     student = torch.randn(rows, 24)
     loss, grad = value_and_gradient(lambda s: similarity_loss(s, student), student)
-    assert loss == 0
-    assert (grad == 0).all()
+    # The kernels' cosines come of raw rows, the teacher's of unit rows.
+    assert loss <= (0 if served_by == "reference" else 1e-13)
+    assert (grad.abs() <= (0 if served_by == "reference" else 1e-7)).all()
     assert similarity_loss(student, student, dims=[23]) > 0
 
 
@@ -139,26 +160,31 @@ def test_shares_of_rows_add_up(dtype, counts, three_rows_a_block):
     target, dims = normalize_rows(teacher.to(torch.promote_types(dtype, torch.float32))), [8, 3]
     student = student.detach()
     ends = list(itertools.accumulate(counts))
-    shares = [OP(student[e - c : e], student, target, e - c, dims, [True]) for c, e in zip(counts, ends)]
-    loss, grad = OP(student, None, target, 0, dims, [True])
+    shares = [OP(student[e - c : e], student, [target], e - c, dims, [True]) for c, e in zip(counts, ends)]
+    loss, grad = OP(student, None, [target], 0, dims, [True])
     assert_near((sum(share[0] for share in shares), torch.cat([s[1] for s in shares])), (loss, grad), dtype)
     exact = value_and_gradient(lambda s: brute_similarity_loss(s, target.double(), dims), student.double())
     assert_near((loss, grad), exact, dtype)
 
 
-def test_no_square_matrix_in_memory():
+@pytest.mark.parametrize("by_gram", [False, True])
+def test_no_square_matrix_in_memory(by_gram, served_by, monkeypatch):
+    monkeypatch.setattr(native, "gram_is_cheaper", lambda *_: by_gram)
     student, teacher = pair(3000, 8, 8, torch.float32)
+    share = (student.detach()[:2900], student.detach(), [teacher], 0, [8], [False])
     functions = (
-        lambda: similarity_loss(student, teacher, dims=[8, 4]),
-        lambda: distill_loss(student, teacher, weights=(10, 200, 0)).total,
-        lambda: reference.blocked_similarity_loss(student[:2900], student, teacher, 0, [8], [False])[0],
+        (2, lambda: similarity_loss(student, teacher, dims=[8, 4])),
+        (1, lambda: distill_loss(student, teacher, weights=(10, 200, 0)).total),
+        (1, lambda: autograd.similarity_loss(*share)[0]),
     )
-    for function in functions:
+    for widths, function in functions:
         with LargestTensor() as seen:
             loss = function()
             if loss.requires_grad:
                 loss.backward()
-        assert seen.bytes == 256 * 3000 * 4
+        # The kernels' block is one tensor for all widths and the teacher.
+        block = 256 * 3000 * 4 if served_by == "reference" else 128 * 3000 * 4 * (widths + 1)
+        assert seen.bytes == (3000 * 8 * 4 if served_by == "native" and by_gram else block)
     # The measurement would see one.
     with LargestTensor() as seen:
         distill_loss(student[:60], teacher[:60])
@@ -167,7 +193,10 @@ def test_no_square_matrix_in_memory():
 
 @pytest.mark.parametrize(("rows", "expected"), [(0, 256), (100, 256), (1 << 15, 128), (1 << 22, 1), (1 << 30, 1)])
 def test_blocks_are_bounded(rows, expected):
-    assert reference._block_rows(torch.empty(rows, 1, device="meta")) == expected
+    x = torch.empty(rows, 1, device="meta")
+    assert reference._block_rows(x) == expected
+    # Twice the bytes for the scores of three widths and the teacher's.
+    assert native._block_rows(x, 3) == max(1, min(128, expected // 2))
 
 
 def test_uninitialised_memory_is_never_read():
@@ -236,9 +265,9 @@ def test_teacher_gets_no_gradient():
 
 def test_unwanted_gradient_is_not_computed():
     student, teacher = pair(4, 5, 5, torch.float32)
-    loss, gradient = OP(student.detach(), None, teacher, 0, [5, 2], [False])
+    loss, gradient = OP(student.detach(), None, [teacher], 0, [5, 2], [False])
     assert gradient.shape == (0,)
-    assert torch.equal(loss, OP(student.detach(), None, teacher, 0, [5, 2], [True])[0])
+    assert torch.equal(loss, OP(student.detach(), None, [teacher], 0, [5, 2], [True])[0])
 
 
 def test_one_process_is_all_ranks():
@@ -291,7 +320,14 @@ def test_opcheck(dtype, wanted, share):
     student, teacher = pair(5, 6, 4, dtype)
     student = student.detach()
     own = student[1:3].clone() if share else student
-    arguments = (own.requires_grad_(wanted), student if share else None, teacher.float(), int(share), [6, 2], [wanted])
+    arguments = (
+        own.requires_grad_(wanted),
+        student if share else None,
+        [teacher.float()],
+        int(share),
+        [6, 2],
+        [wanted],
+    )
     torch.library.opcheck(OP, arguments)
 
 
@@ -300,7 +336,7 @@ def test_strides_do_not_matter():
     wide = torch.randn(6, 10)
     wide[:, ::2] = student.detach()
     for strided in (student.detach().T.contiguous().T, wide[:, ::2]):
-        arguments = (strided.requires_grad_(), None, normalize_rows(teacher), 0, [5, 2], [True])
+        arguments = (strided.requires_grad_(), None, [normalize_rows(teacher)], 0, [5, 2], [True])
         torch.library.opcheck(OP, arguments, test_utils=("test_faketensor", "test_aot_dispatch_dynamic"))
         assert_near(OP(*arguments), OP(student, *arguments[1:]), torch.float32)
 
@@ -323,3 +359,129 @@ def test_values_are_not_checked_when_compiled():
     compiled = torch.compile(lambda s: similarity_loss(s, teacher), fullgraph=True, backend="aot_eager")
     expected = value_and_gradient(lambda s: brute_similarity_loss(s, normalize_rows(teacher), [5]), student)
     assert_near(value_and_gradient(compiled, student), expected, torch.float64)
+
+
+@pytest.fixture(params=library()[0].instruction_sets() if library()[0] else [])
+def isa(request):
+    module, _ = library()
+    before = module.isa()
+    module.select_isa(request.param)
+    yield
+    module.select_isa(before)
+
+
+CASES = [
+    (0, 3, [3], [2]),
+    (1, 1, [1], [1]),
+    (3, 40, [40], [7]),
+    (150, 33, [33, 16, 15, 1], [5, 20]),
+    (600, 17, [9], [4]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("weights", [(0.0, 1.0, 0.0), (3.0, 20.0, 0.0), (3.0, 20.0, 5.0), (0.0, 0.0, 1.0)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_native_equals_the_blocked_form(dtype, weights, case, isa, monkeypatch):
+    rows, width, dims, widths = case
+    monkeypatch.setattr(native, "gram_is_cheaper", lambda *_: False)
+    # Wider than both blocks and stripes of the kernels; each share of rows too.
+    targets = [0.5 * normalize_rows(torch.randn(rows, each, dtype=torch.float64)) for each in widths]
+    if weights[0]:
+        targets = list(normalize_rows(torch.randn(rows, width, dtype=torch.float64)).split([1, width - 1], dim=1))
+    everyone = torch.randn(rows, width + 2, dtype=torch.float64)[:, 1 : width + 1]
+    options = (dims, weights, 0.015, False, 0.0)
+    for start, stop in [(0, rows), (rows // 3, rows // 2)]:
+        arguments = (everyone[start:stop], None if start == 0 else everyone, targets, start)
+        wide = [x.to(dtype) if isinstance(x, torch.Tensor) else x for x in arguments]
+        wide[2] = [target.to(dtype) for target in targets]
+        expected = reference.blocked_distill_loss(*arguments, *options, [True])
+        first = None
+        for threads in (1, 2, 5):
+            found = native.distill_loss(*wide, *options, [True], threads=threads)
+            assert all(torch.equal(x, y) for x, y in zip(found, first or found))
+            first = found
+            if start == 0:
+                assert_near(found, expected, dtype)
+        # Without the gradient the values stay; of a share, all ranks' shares are what has a meaning.
+        assert all(torch.equal(x, y) for x, y in zip(native.distill_loss(*wide, *options, [False]), first[:4]))
+
+
+@pytest.mark.parametrize("widths", [[9], [4, 1, 7]])
+@pytest.mark.parametrize("dims", [[13], [13, 6, 1]])
+@pytest.mark.parametrize("own", [slice(0, 30), slice(7, 20), slice(5, 5)])
+def test_gram_form_equals_the_direct_one(widths, dims, own, monkeypatch):
+    monkeypatch.setattr(gram, "_ROWS", 8)
+    everyone = torch.randn(30, 13, dtype=torch.float64)
+    everyone[3] = 0
+    everyone[8] *= 1e-13
+    targets = list(normalize_rows(torch.randn(30, sum(widths), dtype=torch.float64)).split(widths, dim=1))
+    loss, grad = gram.gram_similarity(everyone, targets, own, dims, True)
+    target = torch.cat(targets, dim=1)
+    expected, exact = value_and_gradient(lambda s: brute_similarity_loss(s, target, dims), everyone)
+    # Each row by itself: the tiny row's gradient is 1e12 times the others'.
+    assert_near((loss, *grad), (expected, *exact[own]), torch.float64)
+    assert torch.equal(gram.gram_similarity(everyone, targets, own, dims, False)[0], loss)
+
+
+def test_gram_form_of_float_rows_near_the_teacher():
+    teacher = torch.randn(400, 8)
+    student = (teacher + 1e-3 * torch.randn(400, 8)).requires_grad_()
+    assert gram.gram_is_cheaper(student, student, [teacher], [8], True)
+    loss, grad = gram.gram_similarity(student.detach(), [normalize_rows(teacher)], slice(0, 400), [8], True)
+    exact = student.detach().double().requires_grad_()
+    units = [normalize_rows(x) for x in (exact, teacher.double())]
+    expected = (units[0] @ units[0].T - units[1] @ units[1].T).square().mean()
+    assert_near((loss, grad), (expected, torch.autograd.grad(expected, exact)[0]), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "dims", "teacher", "wanted", "expected"),
+    [
+        (4096, 4096, [384], [384], True, True),
+        (1024, 1024, [384], [384], True, False),
+        (16384, 16384, [1024], [1024], True, True),
+        (4096, 4096, [1024], [1024], True, False),
+        (4096, 4096, [1024, 512, 256, 128, 64], [1024], True, False),
+        (512, 16384, [1024], [1024], True, False),
+    ],
+)
+def test_gram_form_is_chosen_by_the_operations(rows, batch, dims, teacher, wanted, expected):
+    student, everyone = torch.empty(rows, dims[0], device="meta"), torch.empty(batch, dims[0], device="meta")
+    targets = [torch.empty(batch, width, device="meta") for width in teacher]
+    assert gram.gram_is_cheaper(student, everyone, targets, dims, wanted) == expected
+
+
+PEAK = """
+import re, torch
+from pathlib import Path
+from leafkern.ops import {function}
+torch.manual_seed(0)
+def status(key):
+    return 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+def run(rows):
+    student, teacher = torch.randn(rows, {width}, requires_grad=True), torch.randn(rows, {width})
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    loss = {function}(student, teacher, {options})
+    getattr(loss, "total", loss).backward()
+    return status("VmHWM") - before
+run(64)
+print(run({rows}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process's memory")
+@pytest.mark.parametrize(
+    ("function", "rows", "width", "options", "most"),
+    [
+        # A matrix of 8192·8192 takes 256 MiB; blocks take 32, the target, gradient and its copy 6.
+        ("similarity_loss", 8192, 64, "dims=[64, 32]", 64 << 20),
+        # The eager form takes 2.9 GiB.
+        ("distill_loss", 128, 1024, "dims=[1024, 512, 256, 128, 64]", 29 << 20),
+    ],
+)
+def test_peak_memory_of_the_process(function, rows, width, options, most):
+    code = PEAK.format(function=function, rows=rows, width=width, options=options)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) <= most

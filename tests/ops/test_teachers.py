@@ -1,10 +1,11 @@
-"""The target of one teacher or several."""
+"""The target of one teacher or several, in parts."""
 
 import pytest
 import torch
 
 from leafkern.errors import InputError
-from leafkern.ops._core.teachers import unit_target
+from leafkern.ops._core.normalize import normalize_rows
+from leafkern.ops._core.teachers import unit_targets
 
 
 def teachers(rows, *widths, dtype=torch.float64):
@@ -18,29 +19,42 @@ def cosines(x):
 
 def test_cosines_of_the_target_are_the_weighted_mean_of_the_teachers():
     first, second, third = teachers(6, 5, 9, 2)
-    target = unit_target(first, [first, second, third], [1, 3, 0.5])
-    assert target.shape == (6, 16)
+    targets = unit_targets(first, [first, second, third], [1, 3, 0.5])
+    assert [target.shape for target in targets] == [(6, 5), (6, 9), (6, 2)]
+    target = torch.cat(targets, dim=1)
     expected = (cosines(first) + 3 * cosines(second) + 0.5 * cosines(third)) / 4.5
     torch.testing.assert_close(target @ target.T, expected)
-    torch.testing.assert_close(
-        unit_target(first, [first, second]), unit_target(first, (first, second), [7.0, 7.0]), rtol=1e-12, atol=1e-12
-    )
+    equal, given = unit_targets(first, [first, second]), unit_targets(first, (first, second), [7.0, 7.0])
+    torch.testing.assert_close(equal, given, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_below_the_clamp_are_unit_rows_all_the_same():
+    first, second = teachers(3, 4, 5)
+    first[1] *= 1e-13
+    second[2] *= 1e-14
+    first[2] *= 1e-14
+    target = torch.cat(unit_targets(first, [first, second], [1, 2]), dim=1)
+    units = [normalize_rows(x) for x in (first, second)]
+    torch.testing.assert_close(target, normalize_rows(torch.cat([units[0], 2**0.5 * units[1]], dim=1)))
 
 
 def test_one_teacher_alone_or_in_a_list():
     (teacher,) = teachers(4, 7)
     expected = teacher / teacher.norm(dim=1, keepdim=True)
     for given, weights in ((teacher, None), ([teacher], None), ([teacher], [0.3])):
-        torch.testing.assert_close(unit_target(teacher, given, weights), expected)
+        (target,) = unit_targets(teacher, given, weights)
+        torch.testing.assert_close(target, expected)
 
 
 def test_half_precision_is_normalised_in_float32_and_autocast_changes_nothing():
     half = teachers(5, 8, 8, dtype=torch.float16)
-    plain = unit_target(half[0], half, [1, 2])
-    assert plain.dtype == torch.float32
+    half[1] = half[1].double()
+    plain = unit_targets(half[0], half, [1, 2])
+    assert [target.dtype for target in plain] == [torch.float32, torch.float64]
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(unit_target(half[0], half, [1, 2]), plain)
-    assert not unit_target(half[0], half[0].requires_grad_(), None).requires_grad
+        again = unit_targets(half[0], half, [1, 2])
+    assert all(torch.equal(x, y) for x, y in zip(again, plain, strict=True))
+    assert not unit_targets(half[0], half[0].requires_grad_(), None)[0].requires_grad
 
 
 @pytest.mark.parametrize(
@@ -59,4 +73,4 @@ def test_half_precision_is_normalised_in_float32_and_autocast_changes_nothing():
 )
 def test_wrong_arguments(given, weights, message):
     with pytest.raises(InputError, match=message):
-        unit_target(torch.ones(3, 4), given, weights)
+        unit_targets(torch.ones(3, 4), given, weights)

@@ -19,7 +19,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("triton", "flash", "sdpa", "reference"),
     "pooling": ("triton", "reference"),
     "norm": ("triton", "reference"),
-    "distill": ("reference",),
+    "distill": ("triton", "native", "reference"),
     "relative": ("triton", "native", "reference"),
     "contrastive": ("reference",),
     "quantization": ("reference",),

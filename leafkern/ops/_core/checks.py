@@ -76,6 +76,18 @@ def check_nonzero_rows(name: str, x: torch.Tensor) -> None:
         )
 
 
+def check_directions(name: str, x: torch.Tensor) -> torch.Tensor:
+    """Names the first row of `x` (B, D) that can't be normalised; returns all norms (B, 1) in at least float32."""
+    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    if norms.numel() and values_checked(x):
+        # A length above 0 and finite is that of a good row; only where there is another do the checks look at entries.
+        shortest, longest = torch.aminmax(norms)
+        if not (shortest.item() > 0 and longest.item() < math.inf):
+            check_finite_rows(name, x)
+            check_nonzero_rows(name, x)
+    return norms
+
+
 def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
     """`cu_seqlens`: int32 (B+1,), from 0 to `tokens`, never falling."""
     check_tensor("cu_seqlens", cu_seqlens, ndim=1, dtypes=(torch.int32, torch.int64))

@@ -36,10 +36,10 @@ BLOCKS_RESIDENT = 32
 class Shipped:
     """One kernel with everything that decides its machine code, as its launch passes it.
 
-    signature: argument name -> Triton type ("*fp16", "i64", "fp32"); a pointer or integer with the suffix ":16" is
-    divisible by 16, as Triton finds for tensors from torch. constants: constexpr arguments, and those that are None.
-    options: what the launch passes besides (num_warps, num_stages, maxnreg, enable_fp_fusion). programs: how many the
-    launch counts on to be resident per multiprocessor. tested: part of `make test`.
+    signature: argument name -> Triton type ("*fp16", "i64", "fp32"), or a tuple of them; a pointer or integer with the
+    suffix ":16" is divisible by 16, as Triton finds for tensors from torch. constants: constexpr arguments, and those
+    that are None. options: what the launch passes besides (num_warps, num_stages, maxnreg, enable_fp_fusion). programs:
+    how many the launch counts on to be resident per multiprocessor. tested: part of `make test`.
     """
 
     operation: str
@@ -106,14 +106,24 @@ def source(item: Shipped):
     from triton.compiler import ASTSource
 
     signature = {name: "constexpr" for name in item.kernel.arg_names}
-    signature |= {name: kind.partition(":")[0] for name, kind in item.signature.items()}
+    signature |= {name: _without_suffix(kind) for name, kind in item.signature.items()}
     missing = [n for n, kind in signature.items() if kind == "constexpr" and n not in item.constants]
     if missing:
         raise ValueError(f"{item.operation}/{item.name}: neither type nor constant for {', '.join(missing)}")
     places = {name: (place,) for place, name in enumerate(item.kernel.arg_names)}
-    aligned = {places[n]: [["tt.divisibility", 16]] for n, kind in item.signature.items() if kind.endswith(":16")}
+    kinds = {}
+    for name, kind in item.signature.items():
+        if isinstance(kind, tuple):
+            kinds |= {(*places[name], place): part for place, part in enumerate(kind)}
+        else:
+            kinds[places[name]] = kind
+    aligned = {place: [["tt.divisibility", 16]] for place, kind in kinds.items() if kind.endswith(":16")}
     constants = {places[name]: value for name, value in item.constants.items()}
     return ASTSource(fn=item.kernel, signature=signature, constexprs=constants, attrs=aligned)
+
+
+def _without_suffix(kind: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    return tuple(map(_without_suffix, kind)) if isinstance(kind, tuple) else kind.partition(":")[0]
 
 
 def compile_shipped(item: Shipped, architecture: int) -> Compiled:

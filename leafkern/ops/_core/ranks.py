@@ -6,6 +6,7 @@ ranks: after that averaging, a parameter's gradient equals that of one process h
 Without an initialised process group, "ranks" means one rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,13 +100,17 @@ def gather_constant(ranks: Ranks, x: torch.Tensor) -> torch.Tensor:
 
 
 def of_all_ranks(
-    gather: str, student: torch.Tensor, target: torch.Tensor
-) -> tuple[Ranks, torch.Tensor | None, torch.Tensor]:
+    gather: str, student: torch.Tensor, targets: Sequence[torch.Tensor]
+) -> tuple[Ranks, torch.Tensor | None, list[torch.Tensor]]:
     """Who holds which rows; all ranks' students, detached, or None where there is one rank; all ranks' targets."""
-    ranks = ranks_of(gather, student=student, teacher=target)
+    # First how many targets, for ranks that disagree in that would send messages of different lengths.
+    first = targets[0][:, :, None].expand(-1, -1, len(targets))
+    ranks = ranks_of(gather, student=student, teacher=first)
     if ranks.world == 1:
-        return ranks, None, target
-    return ranks, gather_constant(ranks, student), gather_constant(ranks, target)
+        return ranks, None, list(targets)
+    if len(targets) > 1:
+        ranks_of(gather, **{f"teacher[{k}]": target for k, target in enumerate(targets)})
+    return ranks, gather_constant(ranks, student), [gather_constant(ranks, target) for target in targets]
 
 
 class _GatherRows(torch.autograd.Function):

@@ -116,7 +116,6 @@ def register_loss(schema: str, implementation: Callable, fake: Callable, *, diff
 
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        ctx.count = len(inputs)
         ctx.meta = [None if inputs[place] is None else inputs[place].dtype for place in differentiable]
         gradients = output[len(output) - len(differentiable) :]
         ctx.needs = list(inputs[-1])
@@ -125,7 +124,8 @@ def register_loss(schema: str, implementation: Callable, fake: Callable, *, diff
         ctx.save_for_backward(*gradients, *(inputs[place] for place in differentiable))
 
     def backward(ctx, grad, *_):
-        grads = [None] * ctx.count
+        # Registered operations want a list of None for a list of tensors, whose entry here is a list too.
+        grads = [[None] * len(need) if isinstance(need, list) else None for need in ctx.needs_input_grad]
         if grad is not None:
             gradients = ctx.saved_tensors[: len(differentiable)]
             for place, dtype, wanted, saved in zip(differentiable, ctx.meta, ctx.needs, gradients, strict=True):

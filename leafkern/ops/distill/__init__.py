@@ -6,19 +6,18 @@ from typing import NamedTuple
 import torch
 
 from leafkern.errors import InputError, unknown_name
-from leafkern.ops._core.backend import choose
 from leafkern.ops._core.checks import (
     check_dims,
-    check_finite_rows,
+    check_directions,
+    check_flag,
     check_floating,
-    check_nonzero_rows,
     check_number,
     check_numbers,
     check_same_device,
 )
 from leafkern.ops._core.ranks import loss_of_ranks, of_all_ranks, ranks_of
 from leafkern.ops._core.registration import needs_gradient
-from leafkern.ops._core.teachers import unit_target
+from leafkern.ops._core.teachers import unit_targets
 from leafkern.ops.distill import autograd
 from leafkern.ops.distill.reference import KINDS
 from leafkern.ops.relative import TIES
@@ -36,35 +35,54 @@ class DistillTerms(NamedTuple):
 
 
 def alignment_loss(
-    student: torch.Tensor, teacher: torch.Tensor, *, kind: str = "l2sq", gather: str = "none"
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    kind: str = "l2sq",
+    normalize: bool = False,
+    weight: torch.Tensor | None = None,
+    gather: str = "none",
 ) -> torch.Tensor:
     """Distance between a student's vectors s_b and the teacher's t_b, as LEAF regresses them (arXiv 2509.12539).
 
     kind: "l2sq" mean_b ‖s_b − t_b‖²; "l2" mean_b ‖s_b − t_b‖; "mse" mean over all B·D entries of (s − t)²;
     "cosine" mean_b 1 − n(s_b)·n(t_b), n(x) = x / max(‖x‖, 1e-12). Only "cosine" normalises; on unit vectors
     l2sq = 2 · cosine.
+    weight: (D_t, D_s), a Dense head without bias: student @ weightᵀ is compared. normalize: n(s_b) is compared, after
+    the head, instead of s_b; the teacher's vectors stay as given; "cosine" is the same either way.
 
-    student, teacher: (B, D), any float dtypes, one device. Returns a scalar in at least float32. Differentiable in the
-    student, never in the teacher; finite also where s_b = t_b and, for "cosine", where s_b = 0 (gradient 0 there).
+    student: (B, D_s), teacher: (B, D_t), D_s = D_t without a head; any float dtypes, one device. Returns a scalar in at
+    least float32; computes value and gradients together, a head's through two (B, D_t) matrices: its output and
+    the gradient by it. Differentiable in the student and the head, never in the teacher; finite also where s_b = t_b
+    and, where s_b is normalised, for s_b = 0 (gradient 0 there).
     gather: "ranks" gives the loss of the batch of all ranks, which may hold different numbers of rows (0 too), on every
     rank, its gradient scaled for DistributedDataParallel's averaging; not under torch.compile.
-    B = 0 gives 0. Raises InputError for shapes that differ, an unknown kind and, where values are checked (CPU, or
-    LEAFKERN_CHECK=1), for a teacher row that is zero, NaN or infinite; NaN in the student propagates.
+    B = 0 gives 0. Raises InputError for shapes that do not fit, an unknown kind and, where values are checked (CPU, or
+    LEAFKERN_CHECK=1), for a teacher row that is zero, NaN or infinite; NaN in the student propagates. Backends: Triton
+    (CUDA; fp32, fp16, bf16); native (CPU; every dtype, half precision by a copy); reference.
     """
     if kind not in KINDS:
         raise unknown_name("kind", kind, KINDS)
     student, teacher = check_floating("student", student, ndim=2), check_floating("teacher", teacher, ndim=2)
-    if student.shape != teacher.shape:
+    expected = student.shape
+    if weight is not None:
+        check_floating("weight", weight, ndim=2)
+        if weight.shape != (teacher.shape[1], student.shape[1]):
+            raise InputError(
+                f"weight: shape {tuple(weight.shape)}; expected (D_t, D_s) = {(teacher.shape[1], student.shape[1])}"
+            )
+        expected = (student.shape[0], weight.shape[0])
+    if teacher.shape != expected:
         raise InputError(
             f"student, teacher: shapes {tuple(student.shape)} and {tuple(teacher.shape)} differ; expected the same "
-            "rows and width (a student of another width needs a Dense head)"
+            "rows and width (a student of another width needs a Dense head, `weight`)"
         )
-    check_same_device(student=student, teacher=teacher)
-    check_finite_rows("teacher", teacher)
-    check_nonzero_rows("teacher", teacher)
-    choose("distill", {"reference": None})
+    check_same_device(student=student, teacher=teacher, weight=weight)
+    check_directions("teacher", teacher)
+    check_flag("normalize", normalize)
     ranks = ranks_of(gather, student=student, teacher=teacher)
-    loss = autograd.alignment_loss(student, teacher.detach(), KINDS.index(kind))
+    needs = needs_gradient(student, weight)
+    loss = autograd.alignment_loss(student, teacher.detach(), weight, KINDS.index(kind), normalize, needs)[0]
     if ranks.world > 1:
         loss = loss * (student.shape[0] / max(ranks.total, 1))
     return loss_of_ranks(ranks, loss)
@@ -90,16 +108,18 @@ def similarity_loss(
     rank, its gradient scaled for DistributedDataParallel's averaging; each rank computes its own rows against all rows,
     nothing twice; not under torch.compile.
 
-    Returns a scalar in at least float32; computes value and gradient together, in blocks of rows: 2·B²·(Σ dims + D_t)
-    operations for the value, down to half where one process holds the batch, and 2·B²·Σ dims for the gradient.
-    Memory beyond copies of the inputs: two blocks of 16 MiB (CUDA: 256 MiB), or of one row's B scores if that is more.
+    Returns a scalar in at least float32; computes value and gradient together. The compiled kernels (CPU) take blocks
+    of rows: 2·B²·(D + D_t) operations for the value whatever the number of widths, down to half where one process holds
+    the batch, and 2·B²·D for the gradient, in 32 MiB, or what one row's B scores of every width take if that is more;
+    for batches that are large against the widths D×D matrices in float64 where those cost less: 8·D·(D + D_t) bytes.
+    The PyTorch fallback's operations grow with Σ dims, in two blocks of 16 MiB. All beyond copies of the inputs.
     Differentiable in the student, never in the teacher; a student row of zeros has no gradient; NaN in the student
     propagates; B = 0 gives 0. Raises InputError for wrong shapes, dims or weights and, where values are checked (CPU,
     or LEAFKERN_CHECK=1), for a teacher row that is zero, NaN or infinite.
     """
-    student, target, dims = _checked(student, teacher, dims, teacher_weights)
-    ranks, everyone, target = of_all_ranks(gather, student, target)
-    loss, _ = autograd.similarity_loss(student, everyone, target, ranks.start, dims, needs_gradient(student))
+    student, targets, dims = _checked(student, teacher, dims, teacher_weights)
+    ranks, everyone, targets = of_all_ranks(gather, student, targets)
+    loss, _ = autograd.similarity_loss(student, everyone, targets, ranks.start, dims, needs_gradient(student))
     return loss_of_ranks(ranks, loss)
 
 
@@ -132,25 +152,26 @@ def distill_loss(
 
     Returns DistillTerms(total, cosine, similarity, relative), scalars in at least float32; the last three unweighted,
     without gradient. Memory beyond copies of the inputs: (1 + 2·len(dims)) B×B matrices and what relative needs;
-    without the relative term the blocks of similarity_loss. Differentiable in the student, never in the teacher; a
+    without the relative term that of similarity_loss. Differentiable in the student, never in the teacher; a
     student row of zeros has no gradient; NaN in the student propagates; B = 0 gives 0, B < 3 no relative term. Raises
     InputError as similarity_loss does, and for wrong weights, margin, ties, min_gap or widths.
     """
-    student, target, dims = _checked(student, teacher, dims, teacher_weights)
+    student, targets, dims = _checked(student, teacher, dims, teacher_weights)
     weights = check_numbers("weights", weights, 3, least=0)
-    if weights[0] and student.shape[1] != target.shape[1]:
+    width = sum(target.shape[1] for target in targets)
+    if weights[0] and student.shape[1] != width:
         raise InputError(
-            f"student, teacher: widths {student.shape[1]} and {target.shape[1]} differ; the cosine term compares the "
+            f"student, teacher: widths {student.shape[1]} and {width} differ; the cosine term compares the "
             "student with all teachers side by side: expected the same width, or weights[0] = 0"
         )
     if ties not in TIES:
         raise unknown_name("ties", ties, TIES)
     margin, min_gap = check_number("margin", margin, least=0), check_number("min_gap", min_gap, least=0)
-    ranks, everyone, target = of_all_ranks(gather, student, target)
+    ranks, everyone, targets = of_all_ranks(gather, student, targets)
     total, *terms, _ = autograd.distill_loss(
         student,
         everyone,
-        target,
+        targets,
         ranks.start,
         dims,
         weights,
@@ -164,10 +185,9 @@ def distill_loss(
     return DistillTerms(loss_of_ranks(ranks, total), *terms)
 
 
-def _checked(student, teacher, dims, teacher_weights) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """The student, the teachers' target and the prefix widths, once they are found to be right."""
+def _checked(student, teacher, dims, teacher_weights) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
+    """The student, the teachers' targets and the prefix widths, once they are found to be right."""
     student = check_floating("student", student, ndim=2)
     dims = check_dims(dims, student.shape[1])
-    target = unit_target(student, teacher, teacher_weights)
-    choose("distill", {"reference": None})
-    return student, target, dims
+    targets = unit_targets(student, teacher, teacher_weights)
+    return student, targets, dims

@@ -1,86 +1,88 @@
-"""Registration of the distillation losses with torch.library; forward/backward pair of the alignment loss."""
+"""Registration of the distillation losses with torch.library, and the choice of what serves them."""
 
-import torch
-
-from leafkern.ops._core.normalize import common_dtype, normalize_rows, normalize_rows_backward
-from leafkern.ops._core.registration import register, register_loss
-from leafkern.ops.distill.reference import KINDS, blocked_distill_loss, blocked_similarity_loss
-
-_L2SQ, _L2, _MSE, _COSINE = (KINDS.index(kind) for kind in ("l2sq", "l2", "mse", "cosine"))
+from leafkern.ops._core import launch
+from leafkern.ops._core.backend import choose
+from leafkern.ops._core.normalize import common_dtype
+from leafkern.ops._core.registration import register_loss
+from leafkern.ops.distill import native, reference
 
 
-def _wide(student, teacher):
-    dtype = common_dtype(student, teacher)
-    return student.to(dtype), teacher.to(dtype)
+def _forms(*tensors):
+    """alignment_loss, similarity_loss and distill_loss of the backend that serves these tensors."""
+    dtypes = [x.dtype for x in tensors]
+    backend = choose("distill", launch.candidates("distill", tensors[0].device, *dtypes, native=native.unsuited))
+    if backend == "triton":
+        from leafkern.ops.distill import kernels
+
+        return kernels.alignment_loss, kernels.similarity_loss, kernels.distill_loss
+    if backend == "native":
+        return native.alignment_loss, native.similarity_loss, native.distill_loss
+    return reference.lean_alignment_loss, reference.blocked_similarity_loss, reference.blocked_distill_loss
 
 
-def _alignment_loss(student, teacher, kind):
-    s, t = _wide(student, teacher)
-    rows = max(s.shape[0], 1)
-    if kind == _COSINE:
-        return (1 - (normalize_rows(s) * normalize_rows(t)).sum(-1)).sum() / rows
-    if kind == _L2:
-        return torch.linalg.vector_norm(s - t, dim=-1).sum() / rows
-    return (s - t).square().sum() / (max(s.numel(), 1) if kind == _MSE else rows)
+def _alignment_loss(student, teacher, weight, kind, normalize, needs):
+    if weight is None:
+        form, *_ = _forms(student, teacher)
+        return *form(student, teacher, kind, normalize, needs[0]), student.new_empty(0)
+    dtype = common_dtype(student, teacher, weight)
+    student, weight = student.to(dtype), weight.to(dtype)
+    output = student @ weight.T
+    form, *_ = _forms(output, teacher)
+    loss, gradient = form(output, teacher, kind, normalize, any(needs))
+    of_student = gradient @ weight if needs[0] else gradient.new_empty(0)
+    return loss, of_student, gradient.T @ student if needs[1] else gradient.new_empty(0)
 
 
-def _alignment_loss_fake(student, teacher, kind):
-    dtype = common_dtype(student, teacher)
-    return student.new_empty((), dtype=dtype)
+def _alignment_loss_fake(student, teacher, weight, kind, normalize, needs):
+    dtype = common_dtype(student, teacher, weight)
+    gradients = [
+        student.new_empty(x.shape if x is not None and wanted else (0,), dtype=dtype)
+        for x, wanted in zip((student, weight), needs)
+    ]
+    return student.new_empty((), dtype=dtype), *gradients
 
 
-def _alignment_loss_context(ctx, inputs, output):
-    student, teacher, ctx.kind = inputs
-    ctx.save_for_backward(student, teacher)
-
-
-def _alignment_loss_backward(ctx, grad):
-    student, teacher = ctx.saved_tensors
-    s, t = _wide(student, teacher)
-    rows = max(s.shape[0], 1)
-    if ctx.kind == _COSINE:
-        direction = normalize_rows_backward(-normalize_rows(t), s) / rows
-    elif ctx.kind == _L2:
-        norm = torch.linalg.vector_norm(s - t, dim=-1, keepdim=True)
-        direction = (s - t) / torch.where(norm == 0, torch.inf, norm) / rows
-    else:
-        direction = (s - t) * (2 / (max(s.numel(), 1) if ctx.kind == _MSE else rows))
-    return (grad * direction).to(student.dtype), None, None
-
-
-alignment_loss = register(
-    "alignment_loss(Tensor student, Tensor teacher, int kind) -> Tensor",
+alignment_loss = register_loss(
+    "alignment_loss(Tensor student, Tensor teacher, Tensor? weight, int kind, bool normalize, bool[] needs)"
+    " -> (Tensor loss, Tensor gradient, Tensor weight_gradient)",
     _alignment_loss,
     _alignment_loss_fake,
-    setup_context=_alignment_loss_context,
-    backward=_alignment_loss_backward,
+    differentiable=[0, 2],
 )
 
 
 def _loss_and_gradient_fake(losses):
     """Fake of an operation that returns so many losses and the student's gradient; needs come last."""
 
-    def fake(student, everyone, target, *rest):
-        dtype = common_dtype(student, target)
+    def fake(student, everyone, targets, *rest):
+        dtype = common_dtype(student, *targets)
         gradient = student.new_empty(student.shape if rest[-1][0] else (0,), dtype=dtype)
         return (*(student.new_empty((), dtype=dtype) for _ in range(losses)), gradient)
 
     return fake
 
 
+def _similarity_loss(student, everyone, targets, *options):
+    return _forms(student, *targets)[1](student, everyone, targets, *options)
+
+
+def _distill_loss(student, everyone, targets, *options):
+    return _forms(student, *targets)[2](student, everyone, targets, *options)
+
+
 similarity_loss = register_loss(
-    "similarity_loss(Tensor student, Tensor? everyone, Tensor target, int start, int[] dims, bool[] needs)"
+    "similarity_loss(Tensor student, Tensor? everyone, Tensor[] targets, int start, int[] dims, bool[] needs)"
     " -> (Tensor loss, Tensor gradient)",
-    blocked_similarity_loss,
+    _similarity_loss,
     _loss_and_gradient_fake(1),
     differentiable=[0],
 )
 
 distill_loss = register_loss(
-    "distill_loss(Tensor student, Tensor? everyone, Tensor target, int start, int[] dims, float[] weights,"
+    "distill_loss(Tensor student, Tensor? everyone, Tensor[] targets, int start, int[] dims, float[] weights,"
     " float margin, bool reference_ties, float min_gap, bool[] needs)"
     " -> (Tensor total, Tensor cosine, Tensor similarity, Tensor relative, Tensor gradient)",
-    blocked_distill_loss,
+    _distill_loss,
     _loss_and_gradient_fake(4),
     differentiable=[0],
 )

@@ -15,12 +15,20 @@ KINDS = ("l2sq", "l2", "mse", "cosine")
 _BLOCK = {"cpu": (256, 16 << 20), "cuda": (2048, 256 << 20)}
 
 
-def brute_alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> torch.Tensor:
-    """One row at a time, as the formulas say."""
-    dtype = common_dtype(student, teacher)
+def brute_alignment_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    kind: str,
+    normalize: bool = False,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One row at a time, as the formulas say; with `weight`, of student @ weightᵀ."""
+    dtype = common_dtype(student, teacher, weight)
     teacher = teacher.detach()
-    total = student.new_zeros((), dtype=dtype) + (student * 0).sum().to(dtype)
+    total = sum((x * 0).sum().to(dtype) for x in (student, weight) if x is not None)
     for s, t in zip(student.to(dtype), teacher.to(dtype), strict=True):
+        s = s if weight is None else weight.to(dtype) @ s
+        s = brute_normalize(s) if normalize else s
         square = (s - t).square().sum()
         if kind == "l2sq":
             total = total + square
@@ -79,23 +87,55 @@ def brute_distill_loss(
     return total, cosine, similarity, relative
 
 
+def lean_alignment_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    kind: int,
+    normalize: bool,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The alignment loss of given rows (B, D) and its gradient (B, D), or an empty (0,); kind: a place in KINDS."""
+    dtype = common_dtype(student, teacher)
+    s, t = student.to(dtype), teacher.to(dtype)
+    rows = max(s.shape[0], 1)
+    if KINDS[kind] == "cosine":
+        units, targets = normalize_rows(s), normalize_rows(t)
+        loss = (1 - (units * targets).sum(-1)).sum() / rows
+        slope = targets.div_(-rows)
+    else:
+        units = normalize_rows(s) if normalize else s
+        slope = units - t
+        if KINDS[kind] == "l2":
+            norm = torch.linalg.vector_norm(slope, dim=-1, keepdim=True)
+            loss = norm.sum() / rows
+            slope /= torch.where(norm == 0, torch.inf, norm * rows)
+        else:
+            scale = 1 / (max(s.numel(), 1) if KINDS[kind] == "mse" else rows)
+            loss = slope.square().sum() * scale
+            slope *= 2 * scale
+    if not needs_gradient:
+        return loss, s.new_empty(0)
+    return loss, normalize_rows_backward(slope, s) if normalize or KINDS[kind] == "cosine" else slope
+
+
 def blocked_similarity_loss(
     student: torch.Tensor,
     everyone: torch.Tensor | None,
-    target: torch.Tensor,
+    targets: Sequence[torch.Tensor],
     start: int,
     dims: Sequence[int],
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The similarity loss that rows [start, start + b) of all B give, and these rows' gradient of the whole loss.
 
-    student: (b, D); everyone: (B, D), None for the student itself; target: (B, D_t), unit rows. Memory beyond copies
-    of the inputs: two blocks of rows times B. The shares of ranks that hold all rows between them add up to the loss.
+    student: (b, D); everyone: (B, D), None for the student itself; targets: (B, D_k) each, the parts of unit rows.
+    Memory beyond copies of the inputs: two blocks of rows times B. The shares of ranks that hold all rows between them
+    add up to the loss.
     """
-    student, everyone, target = _wide(student, everyone, target)
+    student, everyone, targets = _wide(student, everyone, targets)
     gradient = student.new_zeros(student.shape) if needs[0] else student.new_empty(0)
     units = [normalize_rows(everyone[:, :d]) for d in dims]
-    loss, grads = _similarity_by_blocks(units, target, start, student.shape[0], needs[0])
+    loss, grads = _similarity_by_blocks(units, targets, start, student.shape[0], needs[0])
     if needs[0]:
         _add_unit_gradients(gradient, student, dims, grads)
     return loss, gradient
@@ -104,7 +144,7 @@ def blocked_similarity_loss(
 def blocked_distill_loss(
     student: torch.Tensor,
     everyone: torch.Tensor | None,
-    target: torch.Tensor,
+    targets: Sequence[torch.Tensor],
     start: int,
     dims: Sequence[int],
     weights: Sequence[float],
@@ -118,12 +158,12 @@ def blocked_distill_loss(
     Arguments as in blocked_similarity_loss. A term of weight 0 is 0 and takes no work; without the relative term
     nothing takes B×B memory. Every rank computes the whole relative term and reports b / B of it.
     """
-    student, everyone, target = _wide(student, everyone, target)
-    rows, batch = student.shape[0], max(target.shape[0], 1)
+    student, everyone, targets = _wide(student, everyone, targets)
+    rows, batch = student.shape[0], max(everyone.shape[0], 1)
     cosine, similarity, relative = (student.new_zeros(()) for _ in range(3))
     gradient = student.new_zeros(student.shape) if needs[0] else student.new_empty(0)
     if weights[0]:
-        own = target[start : start + rows]
+        own = torch.cat([target[start : start + rows] for target in targets], 1)
         cosine = (1 - (normalize_rows(student) * own).sum(-1)).sum() / batch
         if needs[0]:
             gradient += normalize_rows_backward(own * (-weights[0] / batch), student)
@@ -131,10 +171,10 @@ def blocked_distill_loss(
         units = [normalize_rows(everyone[:, :d]) for d in dims]
         if weights[2]:
             similarity, relative, grads = _similarity_and_relative(
-                units, target, start, rows, weights, margin, reference_ties, min_gap, needs[0]
+                units, targets, start, rows, weights, margin, reference_ties, min_gap, needs[0]
             )
         else:
-            similarity, grads = _similarity_by_blocks(units, target, start, rows, needs[0])
+            similarity, grads = _similarity_by_blocks(units, targets, start, rows, needs[0])
             grads = [grad.mul_(weights[1]) for grad in grads]
         if needs[0]:
             _add_unit_gradients(gradient, student, dims, grads)
@@ -142,10 +182,11 @@ def blocked_distill_loss(
     return total, cosine, similarity, relative, gradient
 
 
-def _wide(student, everyone, target):
-    dtype = common_dtype(student, target)
+def _wide(student, everyone, targets):
+    dtype = common_dtype(student, *targets)
     student = student.to(dtype)
-    return student, student if everyone is None else everyone.to(dtype), target.to(dtype)
+    everyone = student if everyone is None else everyone.to(dtype)
+    return student, everyone, [target.to(dtype) for target in targets]
 
 
 def _block_rows(x: torch.Tensor) -> int:
@@ -154,21 +195,29 @@ def _block_rows(x: torch.Tensor) -> int:
     return max(1, min(rows, size // max(1, x.shape[0] * x.element_size())))
 
 
-def _similarity_by_blocks(units, target, start, rows, wanted):
+def _teacher_scores(targets, rows, columns):
+    """t_i·t_j of rows i and columns j, both slices."""
+    scores = targets[0][rows] @ targets[0][columns].T
+    for target in targets[1:]:
+        scores.addmm_(target[rows], target[columns].T)
+    return scores
+
+
+def _similarity_by_blocks(units, targets, start, rows, wanted):
     """The share of the loss, and the gradients of rows [start, start + rows) with respect to `units`, one each width.
 
     dL/ds_i = 4/(K B²) Σ_j (s_i·s_j − t_i·t_j) s_j: the loss is symmetric, so own rows against all rows suffice.
     """
-    batch = target.shape[0]
+    batch = units[0].shape[0]
     scale = 1 / (len(units) * max(batch, 1) ** 2)
-    loss = target.new_zeros(())
+    loss = units[0].new_zeros(())
     grads = [unit.new_zeros(rows, unit.shape[1]) for unit in units] if wanted else []
     # With the whole batch here, scores left of a diagonal block mirror those of blocks above it.
-    whole, step = rows == batch, _block_rows(target)
+    whole, step = rows == batch, _block_rows(units[0])
     for first in range(start, start + rows, step):
         last = min(first + step, start + rows)
         begin, mirrored = (first, last < batch) if whole else (0, False)
-        teacher_scores = target[first:last] @ target[begin:].T
+        teacher_scores = _teacher_scores(targets, slice(first, last), slice(begin, None))
         for k, unit in enumerate(units):
             error = (unit[first:last] @ unit[begin:].T).sub_(teacher_scores)
             if wanted:
@@ -182,21 +231,21 @@ def _similarity_by_blocks(units, target, start, rows, wanted):
     return loss * scale, grads
 
 
-def _similarity_and_relative(units, target, start, rows, weights, margin, reference_ties, min_gap, wanted):
+def _similarity_and_relative(units, targets, start, rows, weights, margin, reference_ties, min_gap, wanted):
     """Both terms' shares and the gradients of their weighted sum with respect to own rows of `units`, one each width.
 
     One Gram matrix for the teacher and one per width serve both terms; one matrix product per width gives the gradient.
     """
-    batch = target.shape[0]
+    batch = units[0].shape[0]
     widths, entries = len(units), max(batch, 1) ** 2
     own = slice(start, start + rows)
-    teacher_scores = target @ target.T
-    scores = torch.empty(widths, batch, batch, dtype=target.dtype, device=target.device)
+    teacher_scores = _teacher_scores(targets, slice(None), slice(None))
+    scores = units[0].new_empty(widths, batch, batch)
     for unit, out in zip(units, scores):
         torch.mm(unit, unit.T, out=out)
     losses, pairs = relative_scores(scores, teacher_scores, margin, reference_ties, min_gap, wanted)
     relative = losses.sum() * (rows / (widths * max(batch, 1)))
-    similarity, grads = target.new_zeros(()), []
+    similarity, grads = units[0].new_zeros(()), []
     for k, unit in enumerate(units):
         error = scores[k, own].sub_(teacher_scores[own])
         if wanted:

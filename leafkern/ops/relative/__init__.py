@@ -8,7 +8,7 @@ from leafkern.errors import unknown_name
 from leafkern.ops._core.checks import check_dims, check_floating, check_number
 from leafkern.ops._core.ranks import loss_of_ranks, of_all_ranks
 from leafkern.ops._core.registration import needs_gradient
-from leafkern.ops._core.teachers import unit_target
+from leafkern.ops._core.teachers import unit_targets
 from leafkern.ops.relative import autograd
 
 __all__ = ["TIES", "relative_similarity_loss"]
@@ -59,12 +59,12 @@ def relative_similarity_loss(
     margin, min_gap = check_number("margin", margin, least=0), check_number("min_gap", min_gap, least=0)
     if ties not in TIES:
         raise unknown_name("ties", ties, TIES)
-    target = unit_target(student, teacher, teacher_weights)
-    ranks, everyone, target = of_all_ranks(gather, student, target)
+    targets = unit_targets(student, teacher, teacher_weights)
+    ranks, everyone, targets = of_all_ranks(gather, student, targets)
     loss = autograd.relative_similarity_loss(
         student,
         everyone,
-        target,
+        targets,
         ranks.start,
         dims,
         margin,

@@ -65,24 +65,28 @@ def _blocked_scores(scores, teacher_scores, margin, reference_ties, min_gap):
     return loss.to(scores.dtype), (counts.double() / (pairs * (pairs - 1) / 2)).to(scores.dtype)
 
 
-def _upper_products(rows, out):
-    """The upper triangle of rows @ rows.T into out (B, B), in bands of rows; what lies well below is left as it is."""
+def upper_products(parts, out):
+    """The upper triangle of sum over parts x (B, D_k) of x @ x.T into out (B, B), in bands of rows; what lies well
+    below is left as it is."""
     # Narrow bands save nearly half of the products; on a GPU few launches count for more.
-    band = 128 if rows.device.type == "cpu" else 1024
-    for start in range(0, rows.shape[0], band):
-        torch.mm(rows[start : start + band], rows[start:].T, out=out[start : start + band, start:])
+    size = 128 if out.device.type == "cpu" else 1024
+    for start in range(0, out.shape[0], size):
+        band = out[start : start + size, start:]
+        for k, rows in enumerate(parts):
+            left, right = rows[start : start + size], rows[start:].T
+            torch.addmm(band, left, right, out=band) if k else torch.mm(left, right, out=band)
 
 
-def _relative_similarity_loss(student, everyone, target, start, dims, margin, reference_ties, min_gap, needs):
-    dtype = common_dtype(student, target)
+def _relative_similarity_loss(student, everyone, targets, start, dims, margin, reference_ties, min_gap, needs):
+    dtype = common_dtype(student, *targets)
     rows = (student if everyone is None else everyone).to(dtype)
-    target = target.to(dtype)
     batch, own = rows.shape[0], slice(start, start + student.shape[0])
     units = [normalize_rows(rows[:, :dim]) for dim in dims]
     scores = rows.new_empty(len(dims), batch, batch)
     teacher_scores = rows.new_empty(batch, batch)
-    for unit, out in zip([*units, target], [*scores, teacher_scores]):
-        _upper_products(unit, out)
+    for unit, out in zip(units, scores):
+        upper_products([unit], out)
+    upper_products([target.to(dtype) for target in targets], teacher_scores)
     losses, gradients = relative_scores(scores, teacher_scores, margin, reference_ties, min_gap, needs[0])
     if not needs[0]:
         return losses.mean(), rows.new_empty(0)
@@ -96,14 +100,14 @@ def _relative_similarity_loss(student, everyone, target, start, dims, margin, re
     return losses.mean(), total / len(dims)
 
 
-def _relative_similarity_loss_fake(student, everyone, target, start, dims, margin, reference_ties, min_gap, needs):
-    dtype = common_dtype(student, target)
+def _relative_similarity_loss_fake(student, everyone, targets, start, dims, margin, reference_ties, min_gap, needs):
+    dtype = common_dtype(student, *targets)
     return student.new_empty((), dtype=dtype), student.new_empty(student.shape if needs[0] else 0, dtype=dtype)
 
 
 relative_similarity_loss = register_loss(
-    "relative_similarity_loss(Tensor student, Tensor? everyone, Tensor target, int start, int[] dims, float margin, "
-    "bool reference_ties, float min_gap, bool[] needs) -> (Tensor loss, Tensor gradient)",
+    "relative_similarity_loss(Tensor student, Tensor? everyone, Tensor[] targets, int start, int[] dims, "
+    "float margin, bool reference_ties, float min_gap, bool[] needs) -> (Tensor loss, Tensor gradient)",
     _relative_similarity_loss,
     _relative_similarity_loss_fake,
     differentiable=(0,),
