@@ -154,7 +154,8 @@ def distill_loss(
     without gradient. Memory beyond copies of the inputs: (1 + 2·len(dims)) B×B matrices and what relative needs;
     without the relative term that of similarity_loss. Differentiable in the student, never in the teacher; a
     student row of zeros has no gradient; NaN in the student propagates; B = 0 gives 0, B < 3 no relative term. Raises
-    InputError as similarity_loss does, and for wrong weights, margin, ties, min_gap or widths.
+    InputError as similarity_loss does, and for wrong weights, margin, ties, min_gap or widths. Backends: as
+    alignment_loss; what the relative term runs on is that operation's choice.
     """
     student, targets, dims = _checked(student, teacher, dims, teacher_weights)
     weights = check_numbers("weights", weights, 3, least=0)

@@ -19,7 +19,7 @@ from leafkern.ops.distill.gram import gram_is_cheaper, gram_similarity
 from leafkern.ops.distill.reference import KINDS
 from leafkern.ops.relative.autograd import relative_scores
 
-# Rows of a block, and bytes of its matrices, at the most. Of its diagonal square nothing is saved.
+# Rows of a block, and bytes of its matrices, at the most. Its diagonal square is computed whole, so a block is narrow.
 _BLOCK_ROWS, _BLOCK_BYTES = 128, 32 << 20
 
 
