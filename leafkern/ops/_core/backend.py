@@ -21,7 +21,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "norm": ("triton", "reference"),
     "distill": ("reference",),
     "relative": ("native", "reference"),
-    "contrastive": ("reference",),
+    "contrastive": ("triton", "reference"),
     "quantization": ("reference",),
     "retrieval": ("native", "reference"),
 }

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 
 from leafkern.errors import InputError
-from leafkern.ops._core.backend import choose
 from leafkern.ops._core.checks import (
     check_dim_weights,
     check_dims,
@@ -122,7 +121,6 @@ def info_nce(
     fn_margin = None if fn_margin is None else check_number("fn_margin", fn_margin)
     dims = check_dims(dims, queries.shape[1])
     dim_weights = check_dim_weights(dim_weights, dims)
-    choose("contrastive", {"reference": None})
 
     ids_given = {"ids[0] (of positives)": positive_ids, "ids[1] (of negatives)": negative_ids}
     ranks = ranks_of(gather, positives=positives, negatives=negatives, **ids_given)
@@ -223,7 +221,6 @@ def soft_label_loss(
     teacher_temperature = check_number("teacher_temperature", teacher_temperature, above=0)
     dims = check_dims(dims, queries.shape[1])
     dim_weights = check_dim_weights(dim_weights, dims)
-    choose("contrastive", {"reference": None})
 
     own = {} if shared else {"candidates": candidates}
     ranks = ranks_of(gather, queries=queries, **own)
@@ -286,7 +283,6 @@ def mix_negatives(
     rows, number, width = negatives.shape
     pairwise = number if pairwise is None else _check_count("pairwise", pairwise)
     _check_count("listwise", listwise)
-    choose("contrastive", {"reference": None})
     if number == 0:
         return negatives.new_empty(rows, 0, width, dtype=common_dtype(queries, negatives))
     shape = (rows, pairwise if number > 1 else 0)
