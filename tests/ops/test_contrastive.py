@@ -14,20 +14,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from leafkern.errors import BackendError, InputError
 from leafkern.ops import info_nce
-from leafkern.ops.contrastive import autograd, reference
+from leafkern.ops._core.native import library
+from leafkern.ops.contrastive import autograd, native, reference
 from leafkern.ops.contrastive.reference import brute_info_nce
 
 FOCAL = [(0.0, True), (0.5, True), (0.5, False), (2.0, False)]
 
 
-@pytest.fixture
-def poisoned():
-    """torch.empty gives NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+BACKENDS = ["native", "reference"] if library()[0] else ["reference"]
+FORMS = [reference.blocked_info_nce, native.info_nce][: len(BACKENDS)]
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request, monkeypatch):
+    monkeypatch.setenv("LEAFKERN_BACKEND", f"contrastive={request.param}")
 
 
 def batch(rows, width=24, number=3, mixes=2, dtype=torch.float64):
@@ -377,11 +377,12 @@ def test_blocks_do_not_show(monkeypatch):
             torch.testing.assert_close(part, grad)
 
 
-def test_memory_is_bounded_by_the_block(monkeypatch):
+@pytest.mark.parametrize("form", FORMS)
+def test_memory_is_bounded_by_the_block(monkeypatch, form):
     monkeypatch.setitem(reference.BLOCK_BYTES, "cpu", 30_000)
     tensors, ids = [x.detach() for x in batch(128, width=8, dtype=torch.float32)], some_ids(128, 3)
     with LargestTensor() as largest:
-        reference.blocked_info_nce(*op_arguments(tensors, ids, 0, {"gamma": 0.5, "fn_margin": 0.1}))
+        form(*op_arguments(tensors, ids, 0, {"gamma": 0.5, "fn_margin": 0.1}))
     # All similarities would take 256 KiB, their mask 64 KiB; the columns take 16 KiB.
     assert largest.bytes <= 30_000
 
@@ -432,12 +433,13 @@ class MatrixWork(TorchDispatchMode):
         ((True, True, True), 4 + 4 + 4),
     ],
 )
-def test_matrix_products_are_those_of_the_wanted_gradients(needs, work):
+@pytest.mark.parametrize("form", FORMS)
+def test_matrix_products_are_those_of_the_wanted_gradients(form, needs, work):
     """In units of B·B·D: 4 for the similarities to positives and 3 negatives each."""
     tensors = [x if x is None else x.detach() for x in batch(16, mixes=None)]
     arguments = op_arguments(tensors, (None, None), 0, {}, (*needs, False))
     with MatrixWork() as products:
-        reference.blocked_info_nce(*arguments)
+        form(*arguments)
     assert products.total == work * 16 * 16 * 24
 
 
