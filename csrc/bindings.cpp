@@ -71,13 +71,23 @@ RelativeArguments relative_arguments(bool is_double, int64_t batch, int widths, 
 }
 
 // raw, weights, inverse, count, stride, inverse stride, ids, maskable, partial, sums
-using PartTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t, bool, uintptr_t, uintptr_t>;
+using PartTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t, bool, uintptr_t,
+                             uintptr_t>;
 
 ContrastivePart contrastive_part(const PartTuple& given) {
     const auto [raw, weights, inverse, count, stride, inverse_stride, ids, maskable, partial, sums] = given;
-    return {reinterpret_cast<const void*>(raw), reinterpret_cast<void*>(weights), reinterpret_cast<const void*>(inverse),
-            count, stride, inverse_stride, reinterpret_cast<const int64_t*>(ids), maskable,
-            reinterpret_cast<void*>(partial), reinterpret_cast<double*>(sums)};
+    ContrastivePart part{};
+    part.raw = reinterpret_cast<const void*>(raw);
+    part.weights = reinterpret_cast<void*>(weights);
+    part.inverse = reinterpret_cast<const void*>(inverse);
+    part.count = count;
+    part.stride = stride;
+    part.inverse_stride = inverse_stride;
+    part.ids = reinterpret_cast<const int64_t*>(ids);
+    part.maskable = maskable;
+    part.partial = reinterpret_cast<void*>(partial);
+    part.sums = reinterpret_cast<double*>(sums);
+    return part;
 }
 
 // is double, threads, x, rows, stride, inverse, inverse stride
@@ -90,13 +100,27 @@ ContrastiveMatrix contrastive_matrix(const MatrixTuple& given, const std::vector
 }
 
 // y, count, row stride, stride, raw, inverse, weights, row gradient, its stride, gradient, its stride
-using OwnTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t>;
+using OwnTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
+                            uintptr_t, int64_t>;
+// own positive of the first row, ids, margin, gamma, detach focal
+using InfoNceTuple = std::tuple<int64_t, uintptr_t, std::optional<double>, double, bool>;
 
 ContrastiveOwn contrastive_own(const OwnTuple& given) {
-    const auto [y, count, row_stride, stride, raw, inverse, weights, row_gradient, row_gradient_stride, gradient, gradient_stride] = given;
-    return {reinterpret_cast<const void*>(y), count, row_stride, stride, reinterpret_cast<void*>(raw),
-            reinterpret_cast<void*>(inverse), reinterpret_cast<const void*>(weights), reinterpret_cast<void*>(row_gradient),
-            row_gradient_stride, reinterpret_cast<void*>(gradient), gradient_stride};
+    const auto [y, count, row_stride, stride, raw, inverse, weights, row_gradient, row_gradient_stride, gradient,
+                gradient_stride] = given;
+    ContrastiveOwn own{};
+    own.y = reinterpret_cast<const void*>(y);
+    own.count = count;
+    own.row_stride = row_stride;
+    own.stride = stride;
+    own.raw = reinterpret_cast<void*>(raw);
+    own.inverse = reinterpret_cast<void*>(inverse);
+    own.weights = reinterpret_cast<const void*>(weights);
+    own.row_gradient = reinterpret_cast<void*>(row_gradient);
+    own.row_gradient_stride = row_gradient_stride;
+    own.gradient = reinterpret_cast<void*>(gradient);
+    own.gradient_stride = gradient_stride;
+    return own;
 }
 
 }  // namespace
@@ -151,8 +175,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("contrastive_rows", [](bool is_double, bool gradient, int threads, int64_t rows, uintptr_t inverse,
                                       const std::vector<PartTuple>& parts, double temperature, double share,
                                       uintptr_t losses, uintptr_t sums, int64_t widths, int64_t width_stride,
-                                      std::optional<std::tuple<int64_t, uintptr_t, std::optional<double>, double, bool>> nce,
-                                      uintptr_t teacher, double teacher_temperature) {
+                                      std::optional<InfoNceTuple> nce, uintptr_t teacher, double teacher_temperature) {
         ContrastiveRows a{};
         if (parts.size() != 3) throw std::invalid_argument("contrastive_rows: expected three parts");
         a.is_double = is_double;

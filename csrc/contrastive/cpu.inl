@@ -448,7 +448,8 @@ void own_gradients(const ContrastiveMatrix& m, const ContrastiveOwn& own, int64_
                 const int64_t place = (width * m.rows + row) * own.count + c;
                 const T raw = static_cast<const T*>(own.raw)[place];
                 weight += weights[place];
-                total += projected(static_cast<double>(weights[place]) * raw, static_cast<const T*>(own.inverse)[place]);
+                const double sum = static_cast<double>(weights[place]) * raw;
+                total += projected(sum, static_cast<const T*>(own.inverse)[place]);
                 const int64_t first = narrower(m, width);
                 if (own.row_gradient) {
                     T* gradient = row_of<T>(own.row_gradient, row, own.row_gradient_stride);

@@ -1,4 +1,4 @@
-"""The CPU kernels of the contrastive losses: instruction sets, threads, exponentials, what is not copied, peak memory."""
+"""The CPU kernels of the contrastive losses: instruction sets, threads, exponentials, copies, peak memory."""
 
 import math
 import os
@@ -8,12 +8,16 @@ import sys
 import pytest
 import torch
 from compare import LargestTensor, relative
-from test_contrastive import MatrixWork, batch, exactly, op_arguments, some_ids, value_and_gradients
-from test_contrastive_soft_labels import batch as soft_batch
-from test_contrastive_soft_labels import op_arguments as soft_arguments
+from contrastive_cases import (
+    MatrixWork,
+    batch,
+    info_nce_arguments,
+    soft_label_arguments,
+    soft_label_batch,
+    some_ids,
+)
 from tolerances import TOLERANCE
 
-from leafkern.ops import info_nce
 from leafkern.ops._core.native import library
 from leafkern.ops.contrastive import native, reference
 
@@ -55,11 +59,11 @@ def loss(request):
         prefixes = [width, width // 3, width // 6]
         if request.param == "info_nce":
             tensors = [x.detach() for x in batch(rows, width=width, dtype=dtype)]
-            arguments = op_arguments(tensors, some_ids(rows, 3, rows // 2), 0, EVERYTHING | {"dims": prefixes})
+            arguments = info_nce_arguments(tensors, some_ids(rows, 3, rows // 2), 0, EVERYTHING | {"dims": prefixes})
             return native.info_nce, reference.blocked_info_nce, arguments
-        tensors = soft_batch(rows, rows + 3, shared=request.param == "shared", width=width, dtype=dtype)
+        tensors = soft_label_batch(rows, rows + 3, shared=request.param == "shared", width=width, dtype=dtype)
         tensors[2][1, 2] = -torch.inf
-        arguments = soft_arguments([x.detach() for x in tensors], rows, (True, True), prefixes, [1.0, 0.3, 0.2])
+        arguments = soft_label_arguments([x.detach() for x in tensors], rows, (True, True), prefixes, [1.0, 0.3, 0.2])
         return native.soft_label_loss, reference.blocked_soft_label_loss, arguments
 
     return of
@@ -119,7 +123,7 @@ def test_exponentials_are_exact_to_a_few_ulp(dtype, lowest, isa):
 def test_widths_cost_no_further_products():
     """In units of B·B·D, as for one width: 4 for all similarities, 4 + 4 for the gradients."""
     tensors = [x if x is None else x.detach() for x in batch(16, mixes=None)]
-    arguments = op_arguments(tensors, (None, None), 0, EVERYTHING, (True, True, True, False))
+    arguments = info_nce_arguments(tensors, (None, None), 0, EVERYTHING, (True, True, True, False))
     with MatrixWork() as products:
         native.info_nce(*arguments)
     assert products.total == 12 * 16 * 16 * 24
@@ -140,14 +144,14 @@ def test_expanded_and_overlapping_rows():
     queries = torch.randn(6, 5, dtype=torch.float64)
     line = torch.randn(12, dtype=torch.float64)
     for positives in (line[:5].expand(6, 5), line.unfold(0, 5, 1)[:6]):
-        found = native.info_nce(*op_arguments([queries, positives, None, None], (None, None), 0, {}))
-        right = native.info_nce(*op_arguments([queries, positives.clone(), None, None], (None, None), 0, {}))
+        found = native.info_nce(*info_nce_arguments([queries, positives, None, None], (None, None), 0, {}))
+        right = native.info_nce(*info_nce_arguments([queries, positives.clone(), None, None], (None, None), 0, {}))
         torch.testing.assert_close(found, right)
 
 
 def test_no_input_is_copied():
     tensors = [x.detach() for x in batch(1024, width=64, number=2, mixes=None, dtype=torch.float32)[:3]]
-    arguments = op_arguments([*tensors, None], (None, None), 0, {}, (True, False, False, False))
+    arguments = info_nce_arguments([*tensors, None], (None, None), 0, {}, (True, False, False, False))
     with LargestTensor() as largest:
         native.info_nce(*arguments)
     # The block of similarities; the negatives, which a view shows, take half a MiB.
@@ -156,19 +160,17 @@ def test_no_input_is_copied():
 
 @pytest.mark.parametrize("length", [1e-30, 1e-13, 1e-6, 1e15])
 def test_rows_of_any_length(length):
-    tensors = batch(6, mixes=1, dtype=torch.float32)
-    with torch.no_grad():
-        tensors[0][1] *= length
-        tensors[1][2] *= length
-        tensors[2][0, 1] *= length
-    loss, grads = value_and_gradients(info_nce, tensors, gamma=0.5, temperature=0.1, dims=[24, 5])
-    exact = exactly(tensors)
-    expected, right = value_and_gradients(info_nce, exact, gamma=0.5, temperature=0.1, dims=[24, 5])
-    assert relative(loss, expected) <= 1e-6
-    for mine, other, x in zip(grads, right, exact, strict=True):
+    tensors = [x.detach() for x in batch(6, mixes=1, dtype=torch.float32)]
+    for x, place in zip(tensors, (1, 2, (0, 1))):
+        x[place] *= length
+    arguments = info_nce_arguments(tensors, (None, None), 0, {"gamma": 0.5, "dims": [24, 5], "dim_weights": [0.5, 0.5]})
+    loss, *grads = native.info_nce(*arguments)
+    expected, *right = reference.blocked_info_nce(*in_double(arguments))
+    assert relative(loss, expected) <= TOLERANCE[torch.float32]
+    for mine, other, x in zip(grads, right, tensors, strict=True):
         # Gradients of short rows are long: each is compared at its own length.
-        size = x.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        assert relative(mine.double() * size, other * size) <= TOLERANCE[torch.float32]
+        size = x.double().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        assert relative(mine * size, other * size) <= TOLERANCE[torch.float32]
 
 
 PEAK = """

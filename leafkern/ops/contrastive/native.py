@@ -41,7 +41,7 @@ class _Columns:
         self.rows = max(min(PIECE_BYTES, BLOCK_BYTES["cpu"]) // max(x[:1].numel() * dtype.itemsize, 1), 1)
         self.flat = None
         whole = x.dtype == dtype and (x.ndim == 2 or x.is_contiguous()) and x.stride(-1) == 1
-        if whole and x.stride(-2) >= x.shape[-1] or x.shape[0] <= self.rows:
+        if (whole and x.stride(-2) >= x.shape[-1]) or x.shape[0] <= self.rows:
             self.flat = self._piece(x)
 
     def _piece(self, x: torch.Tensor) -> torch.Tensor:
@@ -245,9 +245,7 @@ def info_nce(
         return (own, 0 if ids is None else ids.data_ptr() + own * 8, fn_margin, gamma, detach_focal), 0, 1.0
 
     both = (ids, negative_ids)
-    return _loss(
-        queries, (positives, negatives), mixed, needs, dtype, temperature, dims, shares, arguments, ids=both
-    )
+    return _loss(queries, (positives, negatives), mixed, needs, dtype, temperature, dims, shares, arguments, ids=both)
 
 
 def soft_label_loss(
