@@ -21,7 +21,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "norm": ("triton", "reference"),
     "distill": ("triton", "native", "reference"),
     "relative": ("triton", "native", "reference"),
-    "contrastive": ("reference",),
+    "contrastive": ("triton", "native", "reference"),
     "quantization": ("reference",),
     "retrieval": ("native", "reference"),
 }

@@ -3,19 +3,35 @@
 import torch
 import torch.nn.functional as F
 
+from leafkern.ops._core import launch
+from leafkern.ops._core.backend import choose
+from leafkern.ops._core.native import unavailable
 from leafkern.ops._core.normalize import common_dtype, normalize_rows, normalize_rows_backward
 from leafkern.ops._core.registration import register, register_loss
-from leafkern.ops.contrastive.reference import (
-    blocked_info_nce,
-    blocked_soft_label_loss,
-    empty_gradient,
-)
+from leafkern.ops.contrastive import native
+from leafkern.ops.contrastive.reference import blocked_info_nce, blocked_soft_label_loss, empty_gradient
+
+
+def _backend(*tensors):
+    present = [x for x in tensors if x is not None]
+    dtypes = [x.dtype for x in present]
+    return choose("contrastive", launch.candidates("contrastive", present[0].device, *dtypes, native=unavailable))
 
 
 def _loss_fake(differentiable, constants, needs):
     queries, dtype = differentiable[0], common_dtype(*differentiable, *constants)
     grads = [empty_gradient(x, wanted, queries, dtype) for x, wanted in zip(differentiable, needs, strict=True)]
     return queries.new_empty((), dtype=dtype), *grads
+
+
+def _info_nce(queries, positives, negatives, mixed, *rest):
+    backend = _backend(queries, positives, negatives, mixed)
+    if backend == "triton":
+        from leafkern.ops.contrastive import kernels
+
+        return kernels.info_nce(queries, positives, negatives, mixed, *rest)
+    function = native.info_nce if backend == "native" else blocked_info_nce
+    return function(queries, positives, negatives, mixed, *rest)
 
 
 def _info_nce_fake(queries, positives, negatives, mixed, *rest):
@@ -26,10 +42,20 @@ info_nce = register_loss(
     "info_nce(Tensor queries, Tensor positives, Tensor? negatives, Tensor? mixed, Tensor? positive_ids,"
     " Tensor? negative_ids, int start, float temperature, float gamma, bool detach_focal, float? fn_margin, int[] dims,"
     " float[] dim_weights, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    blocked_info_nce,
+    _info_nce,
     _info_nce_fake,
     differentiable=(0, 1, 2, 3),
 )
+
+
+def _soft_label_loss(queries, candidates, teacher_scores, *rest):
+    backend = _backend(queries, candidates, teacher_scores)
+    if backend == "triton":
+        from leafkern.ops.contrastive import kernels
+
+        return kernels.soft_label_loss(queries, candidates, teacher_scores, *rest)
+    function = native.soft_label_loss if backend == "native" else blocked_soft_label_loss
+    return function(queries, candidates, teacher_scores, *rest)
 
 
 def _soft_label_loss_fake(queries, candidates, teacher_scores, *rest):
@@ -39,7 +65,7 @@ def _soft_label_loss_fake(queries, candidates, teacher_scores, *rest):
 soft_label_loss = register_loss(
     "soft_label_loss(Tensor queries, Tensor candidates, Tensor teacher_scores, int total, float temperature,"
     " float teacher_temperature, int[] dims, float[] dim_weights, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    blocked_soft_label_loss,
+    _soft_label_loss,
     _soft_label_loss_fake,
     differentiable=(0, 1),
 )
