@@ -1,0 +1,511 @@
+"""Triton kernels of info_nce and soft_label_loss."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from leafkern.ops._core.cubin import Shipped
+from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, unit_columns
+from leafkern.ops._core.normalize import common_dtype
+from leafkern.ops.attention.kernels import precision
+from leafkern.ops.contrastive.device import (
+    FACTOR,
+    PAIR,
+    PAIR_SUM,
+    PLAIN,
+    STATE_FIELDS,
+    SUM,
+    TEACHER_FIELDS,
+    finish_kernel,
+    prefix_kernel,
+    row_kernel,
+    score_kernel,
+    teacher_kernel,
+    weight_kernel,
+)
+from leafkern.ops.contrastive.reference import empty_gradient
+
+# Bytes of the weights of one chunk of rows and columns.
+CHUNK_BYTES = 32 << 20
+# Programs of `score_kernel` per place on a multiprocessor: the last wave, which is not full, is one of these.
+WAVES = 4
+# Weights in float16 are scaled so that none is above this.
+LARGEST_HALF = 2.0**14
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the score and weight kernels are cut: a program forms rows x columns scores in steps of `depth` entries, and
+    `programs` share a multiprocessor, so that one multiplies while another takes exponentials."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    programs: int
+
+    @property
+    def options(self) -> dict:
+        """What the launch passes to the compiler; registers as far as the programs share them."""
+        registers = 65536 // (32 * self.warps * self.programs) // 8 * 8
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return options | {"maxnreg": min(registers, 255)}
+
+    def constants(self, bounds: tuple[int, ...], precision: str) -> dict:
+        cut = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth}
+        return {"BOUNDS": bounds, "PRECISION": precision} | cut
+
+
+def configure(kernel: str, size: int, widths: int, precision: str) -> Tile:
+    """The heuristic, by bytes of an entry and number of widths."""
+    if size == 2:
+        return Tile(128, 128, 64, 8, 3, 1)
+    return Tile(64, 64, 16, 4, 2, 1)
+
+
+def _prefix_constants(bounds: tuple[int, ...]) -> dict:
+    widest = max(high - low for low, high in zip(bounds, bounds[1:]))
+    return {"BOUNDS": bounds, "ROWS": 16, "COLUMNS": min(next_power_of_2(widest), 128)}
+
+
+TEACHER_CONSTANTS = {"COLUMNS": 1024}
+ROWS_OF_ROW_KERNEL = 128
+# Parts of a sum that `finish_kernel` adds at once.
+PARTS = 32
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+@dataclass
+class _Columns:
+    """Columns that all queries share: x (N, D), perhaps ids (N,), and room for their gradient where it is wanted.
+
+    first_own: the column of the first query's own positive, the others' follow; None where the positives are elsewhere.
+    """
+
+    x: torch.Tensor
+    ids: torch.Tensor | None = None
+    first_own: int | None = None
+    grad: torch.Tensor | None = None
+    inverse: torch.Tensor | None = None
+
+
+def _floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, device=like.device, dtype=torch.float32)
+
+
+def _rows_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x as rows (N, D) of `dtype` whose entries are adjacent: itself or a view of it where it can be."""
+    x = x.to(dtype)
+    return unit_columns(x.flatten(0, 1) if x.ndim == 3 else x)
+
+
+def _product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """out (+)= a b, summed in float32; `first`: whatever is in out is not looked at."""
+    beta = 0 if first else 1
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    else:
+        # The interpreter's.
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
+class _Call:
+    """One loss: queries (b, D) against columns that all share and, perhaps, each query's own (b, n, D)."""
+
+    def __init__(self, queries, columns, own, teacher, *, total, temperature, teacher_temperature, dims, dim_weights):
+        self.queries, self.columns, self.own, self.teacher = queries, columns, own, teacher
+        self.rows, self.number = len(queries), 0 if own is None else len(own) // len(queries)
+        self.bounds, self.dim_weights = (0, *reversed(dims)), tuple(reversed(dim_weights))
+        self.total, self.temperature = total, temperature
+        self.scale = math.log2(math.e) / temperature
+        self.teacher_scale = math.log2(math.e) / teacher_temperature
+        self.precision = precision(queries.dtype)
+
+    @property
+    def widths(self) -> int:
+        return len(self.dim_weights)
+
+    def evaluate(self, gamma, detach_focal, margin, q_grad, own_grad) -> torch.Tensor:
+        """The loss; fills the gradients that are there."""
+        queries, widths, rows = self.queries, self.widths, self.rows
+        self.q_inverse, _ = self._prefixes(queries)
+        for side in self.columns:
+            side.inverse, _ = self._prefixes(side.x)
+        own_inverse = own_scores = None
+        if self.own is not None:
+            own_inverse, own_scores = self._prefixes(self.own, with_queries=True)
+        self.positive, self.margin = None, margin
+        self.teacher_state = None
+        if self.teacher is not None:
+            self.teacher_state = _floats(queries, TEACHER_FIELDS, rows)
+            teacher_kernel[rows,](
+                self.teacher,
+                self.teacher_state,
+                self.teacher.stride(0),
+                rows,
+                self.teacher.shape[1],
+                self.teacher_scale,
+                **TEACHER_CONSTANTS,
+                **OPTIONS,
+            )
+        partial = self._scores()
+        wants_columns = any(side.grad is not None for side in self.columns)
+        wanted = q_grad is not None or own_grad is not None or wants_columns
+        unit = None
+        if queries.dtype == torch.float16 and self.columns and (q_grad is not None or wants_columns):
+            unit = self._unit(gamma)
+        losses, state = _floats(queries, rows), _floats(queries, STATE_FIELDS, widths, rows) if wanted else None
+        own_pairs = own_sums = None
+        if wanted and self.own is not None:
+            own_pairs, own_sums = _floats(queries, 2, widths, len(self.own))
+        positives = self.columns[0] if self.positive is not None else None
+        row_kernel[triton.cdiv(rows, ROWS_OF_ROW_KERNEL),](
+            partial,
+            self.positive,
+            self.q_inverse,
+            None if positives is None else positives.inverse,
+            own_scores,
+            own_inverse,
+            self.teacher,
+            self.teacher_state,
+            unit,
+            losses,
+            state,
+            own_pairs,
+            own_sums,
+            0 if self.teacher is None else self.teacher.stride(0),
+            rows,
+            0 if positives is None else len(positives.x),
+            0 if positives is None else positives.first_own,
+            0 if partial is None else len(partial),
+            self.number,
+            self.scale,
+            self.teacher_scale,
+            1 / self.total,
+            1 / self.temperature,
+            gamma,
+            DIM_WEIGHTS=self.dim_weights,
+            FOCAL=gamma > 0,
+            DETACHED=detach_focal,
+            ROWS=ROWS_OF_ROW_KERNEL,
+            **OPTIONS,
+        )
+        first = True
+        for side in self.columns:
+            if q_grad is not None or side.grad is not None:
+                self._chunks(side, state, unit, q_grad, first)
+                first = False
+        if q_grad is not None:
+            pairs, sums = state[PAIR], state[SUM]
+            if self.own is not None:
+                # The last of two launches divides by the unit and takes away what lies along the row.
+                last = positives is None
+                given = {"sums": sums, "inverse": self.q_inverse, "unit": unit} if last else {}
+                self._finish(
+                    q_grad, queries, partner=self.own, pairs=own_pairs, count=self.number, add=not first, **given
+                )
+            if positives is not None:
+                self._finish(
+                    q_grad,
+                    queries,
+                    partner=positives.x,
+                    pairs=pairs,
+                    offset=positives.first_own,
+                    inverse=self.q_inverse,
+                    sums=sums,
+                    unit=unit,
+                )
+            elif self.own is None:
+                self._finish(q_grad, queries, inverse=self.q_inverse, sums=sums, unit=unit)
+        if own_grad is not None:
+            self._finish(
+                own_grad,
+                self.own,
+                inverse=own_inverse,
+                sums=own_sums,
+                partner=queries,
+                pairs=own_pairs,
+                group=self.number,
+                unit=unit,
+                add=False,
+            )
+        return losses.sum()
+
+    def _prefixes(self, x: torch.Tensor, with_queries: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Inverse norms of the prefixes, (K, N); of own columns, their scores too."""
+        inverse = _floats(x, self.widths, len(x))
+        scores = torch.empty_like(inverse) if with_queries else None
+        constants = _prefix_constants(self.bounds)
+        prefix_kernel[triton.cdiv(len(x), constants["ROWS"]),](
+            x,
+            self.queries if with_queries else None,
+            inverse,
+            scores,
+            x.stride(0),
+            self.queries.stride(0),
+            len(x),
+            max(self.number, 1),
+            **constants,
+            **OPTIONS,
+        )
+        return inverse, scores
+
+    def _tile(self, kernel: str) -> Tile:
+        return configure(kernel, self.queries.element_size(), self.widths, self.precision)
+
+    def _tile_arguments(self, side: _Columns) -> dict:
+        """What the kernels over tiles share."""
+        masked = self.margin is not None
+        return {
+            "queries": self.queries,
+            "x": side.x,
+            "q_inverse": self.q_inverse,
+            "x_inverse": side.inverse,
+            "positive": self.positive if masked else None,
+            "q_ids": self.q_ids if side.ids is not None else None,
+            "x_ids": side.ids,
+            "teacher": self.teacher,
+            "teacher_state": self.teacher_state,
+            "q_stride": self.queries.stride(0),
+            "x_stride": side.x.stride(0),
+            "teacher_stride": 0 if self.teacher is None else self.teacher.stride(0),
+            "rows": self.rows,
+            "columns": len(side.x),
+            "first_own": side.first_own,
+            "scale": self.scale,
+            "teacher_scale": self.teacher_scale,
+            "margin": self.margin,
+        }
+
+    def _scores(self) -> torch.Tensor | None:
+        """(parts, fields, K, rows): what each program of `score_kernel` leaves of its columns; before, the scores of
+        the positives."""
+        if not self.columns:
+            return None
+        tile = self._tile("score")
+        constants = tile.constants(self.bounds, self.precision) | tile.options
+        blocks = triton.cdiv(self.rows, tile.rows)
+        positives = self.columns[0]
+        self.q_ids = None
+        if positives.first_own is not None:
+            self.positive = _floats(self.queries, self.widths, self.rows)
+            given = self._tile_arguments(positives)
+            given |= dict.fromkeys(("q_ids", "x_ids", "margin", "partial")) | {"positive": self.positive}
+            score_kernel[blocks,](**given, row_blocks=blocks, tiles=1, **constants)
+            if positives.ids is not None:
+                self.q_ids = positives.ids[positives.first_own :][: self.rows]
+        wanted = triton.cdiv(multiprocessors(self.queries) * tile.programs * WAVES, blocks)
+        cuts = []
+        for side in self.columns:
+            tiles = triton.cdiv(len(side.x), tile.columns)
+            each = triton.cdiv(tiles, min(tiles, wanted))
+            cuts.append((side, each, triton.cdiv(tiles, each)))
+        fields = 3 if self.teacher is None else 4
+        partial = _floats(self.queries, sum(parts for *_, parts in cuts), fields, self.widths, self.rows)
+        done = 0
+        for side, each, parts in cuts:
+            given = self._tile_arguments(side) | {"partial": partial[done:]}
+            score_kernel[blocks * parts,](**given, row_blocks=blocks, tiles=each, **constants)
+            done += parts
+        return partial
+
+    def _unit(self, gamma: float) -> torch.Tensor:
+        """What weights are multiplied with so that float16 holds them; the largest factor of any is below
+        (1 + 0.37 gamma) / temperature / total times the largest inverse norms of either side."""
+        largest = self.q_inverse.nan_to_num(nan=0.0).amax()
+        columns = torch.stack([side.inverse.nan_to_num(nan=0.0).amax() for side in self.columns]).amax()
+        most = (1 + 0.37 * gamma) * sum(abs(w) for w in self.dim_weights) / self.temperature / self.total
+        return (LARGEST_HALF / (most * largest * columns)).clamp(max=2.0**60)
+
+    def _chunks(self, side: _Columns, state, unit, q_grad, first: bool) -> None:
+        """Adds the products of weights and columns to the gradient of the queries, and fills that of the columns; chunk
+        by chunk of queries and columns."""
+        tile, queries, x, widths = self._tile("weight"), self.queries, side.x, self.widths
+        high, wide = chunk(self.rows, len(x), widths, queries.element_size(), tile)
+        weights = torch.empty(widths, high, wide, device=x.device, dtype=x.dtype)
+        sums = None
+        if side.grad is not None:
+            sums = _floats(x, triton.cdiv(self.rows, tile.rows), widths, wide)
+        segments = [slice(low, end) for low, end in zip(self.bounds, self.bounds[1:])]
+        given = self._tile_arguments(side) | {"state": state, "weights": weights, "sums": sums}
+        given |= {"slab": high * wide, "slab_columns": wide}
+        given |= tile.constants(self.bounds, self.precision) | tile.options
+        for column in range(0, len(x), wide):
+            columns = slice(column, min(column + wide, len(x)))
+            for row in range(0, self.rows, high):
+                rows = slice(row, min(row + high, self.rows))
+                blocks = triton.cdiv(rows.stop - row, tile.rows)
+                weight_kernel[blocks * (wide // tile.columns),](**given, first_row=row, first_column=column)
+                for k, segment in enumerate(segments):
+                    b_weights = weights[k, : rows.stop - row, : columns.stop - column]
+                    if q_grad is not None:
+                        _product(q_grad[rows, segment], b_weights, x[columns, segment], first and column == 0)
+                    if side.grad is not None:
+                        _product(side.grad[columns, segment], b_weights.T, queries[rows, segment], row == 0)
+            if side.grad is not None:
+                pairs = {}
+                if side.first_own is not None:
+                    pairs = {"partner": queries, "pairs": state[PAIR], "pair_sums": state[PAIR_SUM]}
+                    pairs |= {"offset": -side.first_own, "of_partner": True}
+                self._finish(side.grad, x, inverse=side.inverse, sums=sums, unit=unit, rows=columns, **pairs)
+
+    def _finish(
+        self,
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        *,
+        inverse: torch.Tensor | None = None,
+        sums: torch.Tensor | None = None,
+        partner: torch.Tensor | None = None,
+        pairs: torch.Tensor | None = None,
+        pair_sums: torch.Tensor | None = None,
+        unit: torch.Tensor | None = None,
+        rows: slice | None = None,
+        offset: int = 0,
+        group: int = 1,
+        count: int = 1,
+        add: bool = True,
+        of_partner: bool | None = None,
+    ) -> None:
+        rows = slice(0, len(x)) if rows is None else rows
+        constants = finish_constants(self.bounds, add, count > 1 if of_partner is None else of_partner)
+        sums = sums if sums is None or sums.ndim == 3 else sums[None]
+        finish_kernel[triton.cdiv(rows.stop - rows.start, constants["ROWS"]),](
+            grad,
+            x,
+            inverse,
+            sums,
+            partner,
+            pairs,
+            pair_sums,
+            unit,
+            grad.stride(0),
+            x.stride(0),
+            0 if partner is None else partner.stride(0),
+            len(x),
+            rows.start,
+            rows.stop,
+            0 if sums is None else sums.shape[0],
+            0 if sums is None else sums.shape[2],
+            0 if pairs is None else pairs.shape[1],
+            offset,
+            group,
+            count,
+            **constants,
+            **OPTIONS,
+        )
+
+
+def chunk(rows: int, columns: int, widths: int, size: int, tile: Tile) -> tuple[int, int]:
+    """(rows, columns) of a chunk: whole tiles, near a square, of at most CHUNK_BYTES for all widths where one tile
+    allows it; where one side has fewer, longer on the other."""
+    entries = CHUNK_BYTES // (widths * size)
+    all_rows, all_columns = (triton.cdiv(n, m) * m for n, m in ((rows, tile.rows), (columns, tile.columns)))
+    side = math.isqrt(entries)
+    high = min(all_rows, max(side // tile.rows, 1) * tile.rows)
+    wide = min(all_columns, max(entries // high // tile.columns, 1) * tile.columns)
+    return min(all_rows, max(entries // wide // tile.rows, 1) * tile.rows), wide
+
+
+def finish_constants(bounds: tuple[int, ...], add: bool, of_partner: bool) -> dict:
+    widest = max(high - low for low, high in zip(bounds, bounds[1:]))
+    cut = {"ROWS": 16, "COLUMNS": min(next_power_of_2(widest), 128), "PARTS": PARTS}
+    return {"BOUNDS": bounds, "ADD": add, "OF_PARTNER": of_partner} | cut
+
+
+def _gradient(x: torch.Tensor | None, wanted: bool, like: torch.Tensor, whole: bool) -> torch.Tensor:
+    """Room for the gradient; zeros where kernels don't fill all of it."""
+    grad = empty_gradient(x, wanted, like, torch.float32)
+    return grad if whole else grad.zero_()
+
+
+def info_nce(
+    queries: torch.Tensor,
+    positives: torch.Tensor,
+    negatives: torch.Tensor | None,
+    mixed: torch.Tensor | None,
+    positive_ids: torch.Tensor | None,
+    negative_ids: torch.Tensor | None,
+    start: int,
+    temperature: float,
+    gamma: float,
+    detach_focal: bool,
+    fn_margin: float | None,
+    dims: Sequence[int],
+    dim_weights: Sequence[float],
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, ...]:
+    """As `reference.blocked_info_nce`."""
+    given = queries, positives, negatives, mixed
+    whole = len(queries) > 0 and dims[0] == queries.shape[1]
+    grads = [_gradient(x, wanted, queries, whole) for x, wanted in zip(given, needs, strict=True)]
+    if len(queries) == 0:
+        return queries.new_zeros((), dtype=torch.float32), *grads
+    negatives, mixed = (None if x is None or x.numel() == 0 else x for x in (negatives, mixed))
+    dtype = positives.dtype
+    for x in (queries, negatives):
+        dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
+    wide = [grad.view(-1, queries.shape[1]) if need and x is not None else None for grad, need, x in
+            zip(grads, needs, (queries, positives, negatives, mixed))]  # fmt: skip
+    ids = None if positive_ids is None else positive_ids.contiguous()
+    columns = [_Columns(_rows_of(positives, dtype), ids, start, wide[1])]
+    if negatives is not None:
+        ids = None if negative_ids is None else negative_ids.flatten().contiguous()
+        columns.append(_Columns(_rows_of(negatives, dtype), ids, None, wide[2]))
+    with on_device(queries):
+        call = _Call(
+            _rows_of(queries, dtype),
+            columns,
+            None if mixed is None else _rows_of(mixed, mixed.dtype),
+            None,
+            total=len(positives),
+            temperature=temperature,
+            teacher_temperature=1.0,
+            dims=dims,
+            dim_weights=dim_weights,
+        )
+        loss = call.evaluate(gamma, detach_focal, fn_margin, wide[0], wide[3])
+    return loss, *grads
+
+
+def soft_label_loss(
+    queries: torch.Tensor,
+    candidates: torch.Tensor,
+    teacher_scores: torch.Tensor,
+    total: int,
+    temperature: float,
+    teacher_temperature: float,
+    dims: Sequence[int],
+    dim_weights: Sequence[float],
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, ...]:
+    """As `reference.blocked_soft_label_loss`."""
+    empty = teacher_scores.numel() == 0
+    whole = not empty and dims[0] == queries.shape[1]
+    grads = [_gradient(x, wanted, queries, whole) for x, wanted in zip((queries, candidates), needs, strict=True)]
+    if empty:
+        return queries.new_zeros((), dtype=torch.float32), *grads
+    q_grad, c_grad = (grad.view(-1, queries.shape[1]) if need else None for grad, need in zip(grads, needs))
+    shared = candidates.ndim == 2
+    dtype = torch.promote_types(queries.dtype, candidates.dtype) if shared else queries.dtype
+    rows = _rows_of(candidates, dtype if shared else candidates.dtype)
+    with on_device(queries):
+        call = _Call(
+            _rows_of(queries, dtype),
+            [_Columns(rows, grad=c_grad)] if shared else [],
+            None if shared else rows,
+            unit_columns(teacher_scores),
+            total=total,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            dims=dims,
+            dim_weights=dim_weights,
+        )
+        loss = call.evaluate(0.0, True, None, q_grad, None if shared else c_grad)
+    return loss, *grads
