@@ -37,10 +37,12 @@ _LN_2 = tl.constexpr(math.log(2))
 
 # Arguments whose value is no reason to compile a kernel again.
 PLAIN = ["rows", "columns", "own_columns", "first_row", "first_column", "first_own", "row_blocks", "tiles", "parts"]
-PLAIN += ["offset", "group", "count", "pairs", "slab", "slab_columns", "positives", "numbers"]
+PLAIN += ["offset", "group", "count", "pairs", "slab", "slab_columns", "positives", "numbers", "start", "first_part"]
+# Tensors that may begin anywhere in memory.
+SLICES = ["own_pairs", "own_sums", "sums", "pairs_of", "pair_sums"]
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SLICES)
 def prefix_kernel(
     x, queries, inverse, scores, x_stride, q_stride, rows, own_columns,
     BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -71,7 +73,7 @@ def prefix_kernel(
             tl.store(scores + place, product * inverse_norm, mask=live)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SLICES)
 def teacher_kernel(teacher, state, teacher_stride, rows, columns, teacher_scale, COLUMNS: tl.constexpr):
     # One row: what its softmax needs, the sum of p log p, and that of p as it is rounded.
     wide = rows.to(tl.int64)
@@ -106,49 +108,73 @@ def teacher_kernel(teacher, state, teacher_stride, rows, columns, teacher_scale,
 
 
 @triton.jit
-def _segment(
-    total, a, b, LOW: tl.constexpr, HIGH: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    # total + the products of columns LOW to HIGH of the rows at `a` and `b`; only a last, cut block is masked.
+def _bound(k, BOUNDS: tl.constexpr, ALIGN: tl.constexpr):
+    bound = k * 0
+    for i in tl.static_range(1, len(BOUNDS)):
+        if k >= i:
+            bound = k * 0 + BOUNDS[i]
+    if ALIGN > 1 and len(BOUNDS) > 2:
+        bound = tl.multiple_of(bound, ALIGN)
+    return bound
+
+
+@triton.jit
+def _segment(total, a, b, k, BOUNDS: tl.constexpr, ALIGN: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
+    # total + the products of segment k of the rows at `a` and `b`. ALIGN divides every bound: where it is DEPTH, there
+    # is nothing to mask; else the last block of a segment is.
     inner = tl.arange(0, DEPTH)
-    WHOLE: tl.constexpr = LOW + (HIGH - LOW) // DEPTH * DEPTH
-    for d in range(LOW, WHOLE, DEPTH):
+    low = _bound(k, BOUNDS, ALIGN)
+    high = _bound(k + 1, BOUNDS, ALIGN)
+    whole = low + (high - low) // DEPTH * DEPTH
+    for d in range(low, whole, DEPTH):
         b_a = tl.load(a + (d + inner)[None, :])
         b_b = tl.load(b + (d + inner)[None, :])
         total = tl.dot(b_a, tl.trans(b_b), total, input_precision=PRECISION)
-    if WHOLE < HIGH:
-        inside = (WHOLE + inner < HIGH)[None, :]
-        b_a = tl.load(a + (WHOLE + inner)[None, :], mask=inside, other=0.0)
-        b_b = tl.load(b + (WHOLE + inner)[None, :], mask=inside, other=0.0)
+    if ALIGN < DEPTH:
+        inside = (whole + inner < high)[None, :]
+        b_a = tl.load(a + (whole + inner)[None, :], mask=inside, other=0.0)
+        b_b = tl.load(b + (whole + inner)[None, :], mask=inside, other=0.0)
         total = tl.dot(b_a, tl.trans(b_b), total, input_precision=PRECISION)
     return total
 
 
 @triton.jit
-def _scores(total, inverse, limit, q_inverse, i_row, i_column, q_id, c_id, first_own, columns, ROWS: tl.constexpr,
+def _ids(ids, place):
+    if ids is None:
+        return None
+    else:
+        return tl.load(ids + place)
+
+
+@triton.jit
+def _limit(positive, q_inverse, margin, place):
+    # A cosine above this is hidden. That of the own positive is the product that every column's is.
+    if margin is None:
+        return None
+    else:
+        return tl.load(positive + place) * q_inverse - margin
+
+
+@triton.jit
+def _scores(total, inverse, limit, q_inverse, row, column, q_id, c_id, first_own, columns, ROWS: tl.constexpr,
             COLUMNS: tl.constexpr):  # fmt: skip
-    # The scores of a tile; hidden where a column is beyond the last, masked, or the row's own.
+    # The scores of the tile at (row, column); hidden where a column is beyond the last, masked, or the row's own.
     z = total * inverse[None, :]
     if limit is not None:
         z = tl.where(z * q_inverse[:, None] > limit[:, None], _HIDDEN, z)
     if q_id is not None:
         z = tl.where(q_id[:, None] == c_id[None, :], _HIDDEN, z)
-    last = tl.max(i_column, 0)
-    edge = last >= columns
+    # Few tiles have such columns.
+    edge = column + COLUMNS > columns
     if first_own is not None:
-        own = tl.min(i_row, 0) + first_own
-        edge = edge | ((own <= last) & (own + ROWS + COLUMNS > last + 1))
+        edge = edge | ((row + first_own < column + COLUMNS) & (row + first_own + ROWS > column))
     if edge:
+        i_column = column + tl.arange(0, COLUMNS)
         hidden = (i_column >= columns)[None, :]
         if first_own is not None:
-            hidden = hidden | ((i_row + first_own)[:, None] == i_column[None, :])
+            hidden = hidden | ((row + first_own + tl.arange(0, ROWS))[:, None] == i_column[None, :])
         z = tl.where(hidden, _HIDDEN, z)
     return z
-
-
-@triton.jit
-def _put(values, PLACE: tl.constexpr, new):
-    return values[:PLACE] + (new,) + values[PLACE + 1 :]
 
 
 @triton.jit
@@ -161,87 +187,75 @@ def _taught(teacher, teacher_state, teacher_stride, rows, columns, i_row, i_colu
     return tl.exp2((b - top[:, None]) * teacher_scale - log[:, None])
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SLICES)
 def score_kernel(
     queries, x, q_inverse, x_inverse, positive, q_ids, x_ids, teacher, teacher_state, partial, q_stride, x_stride,
-    teacher_stride, rows, columns, first_own, row_blocks, tiles, scale, teacher_scale, margin,
-    BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    teacher_stride, rows, columns, start, first_own, first_part, row_blocks, tiles, scale, teacher_scale, margin,
+    BOUNDS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Of ROWS queries and `tiles` tiles of columns, for each width: the largest score, the sum of exp(score - largest),
-    # that of exp(score - largest) * score and, with a teacher, that of its probability * score. Without `partial`:
-    # the scores of the queries' own positives, by the very products.
+    # that of exp(score - largest) * score and, with a teacher, that of its probability * score. They stay in memory
+    # between tiles: loaded while the products run, they cost no registers. Without `partial`: the scores of the
+    # queries' own positives, by the very products.
     i_block = tl.program_id(0) % row_blocks
     i_part = (tl.program_id(0) // row_blocks).to(tl.int64)
     wide = rows.to(tl.int64)
     place = i_block * ROWS + tl.arange(0, ROWS)
+    live = place < rows
     # Rows and columns beyond the last are the last again: loads need no mask.
     i_row = tl.minimum(place, rows - 1)
     o_q = queries + i_row.to(tl.int64)[:, None] * q_stride
+    WIDTHS: tl.constexpr = len(BOUNDS) - 1
     if partial is None:
         i_column = tl.minimum(i_block * ROWS + tl.arange(0, COLUMNS) + first_own, columns - 1)
         o_x = x + i_column.to(tl.int64)[:, None] * x_stride
         own = tl.arange(0, ROWS)[:, None] == tl.arange(0, COLUMNS)[None, :]
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for k in tl.static_range(len(BOUNDS) - 1):
-            total = _segment(total, o_q, o_x, BOUNDS[k], BOUNDS[k + 1], DEPTH, PRECISION)
+        for k in range(0, WIDTHS):
+            total = _segment(total, o_q, o_x, k, BOUNDS, ALIGN, DEPTH, PRECISION)
             inverse = tl.load(x_inverse + k * columns.to(tl.int64) + i_column)
             z = tl.sum(tl.where(own, total * inverse[None, :], 0.0), 1)
-            tl.store(positive + k * wide + i_row, z, mask=place < rows)
+            tl.store(positive + k * wide + place, z, mask=live)
     else:
-        q_id = None
-        if q_ids is not None:
-            q_id = tl.load(q_ids + i_row)
-        tops = ()
-        masses = ()
-        moments = ()
-        taught = ()
-        for k in tl.static_range(len(BOUNDS) - 1):
-            tops = tops + (tl.full([ROWS], _HIDDEN, tl.float32),)
-            masses = masses + (tl.zeros([ROWS], tl.float32),)
-            moments = moments + (tl.zeros([ROWS], tl.float32),)
-            if teacher is not None:
-                taught = taught + (tl.zeros([ROWS], tl.float32),)
+        q_id = _ids(q_ids, start + i_row)
+        FIELDS: tl.constexpr = 3 if teacher is None else 4
+        step = WIDTHS * wide
         first = i_part.to(tl.int32) * tiles
         last = tl.minimum(first + tiles, tl.cdiv(columns, COLUMNS))
         for i_tile in range(first, last):
             i_column = i_tile * COLUMNS + tl.arange(0, COLUMNS)
             near = tl.minimum(i_column, columns - 1)
             o_x = x + near.to(tl.int64)[:, None] * x_stride
-            c_id = None
-            if q_ids is not None:
-                c_id = tl.load(x_ids + near)
+            c_id = _ids(x_ids, near)
             total = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for k in tl.static_range(len(BOUNDS) - 1):
-                total = _segment(total, o_q, o_x, BOUNDS[k], BOUNDS[k + 1], DEPTH, PRECISION)
+            for k in range(0, WIDTHS):
+                o_partial = partial + ((first_part + i_part) * FIELDS * WIDTHS + k) * wide + place
+                m_partial = live & (place * 0 + i_tile > first)
+                before = tl.load(o_partial, mask=m_partial, other=_HIDDEN)
+                mass = tl.load(o_partial + step, mask=m_partial, other=0.0)
+                moment = tl.load(o_partial + 2 * step, mask=m_partial, other=0.0)
+                if teacher is not None:
+                    taught = tl.load(o_partial + 3 * step, mask=m_partial, other=0.0)
                 inverse = tl.load(x_inverse + k * columns.to(tl.int64) + near)
                 b_inverse = tl.load(q_inverse + k * wide + i_row)
-                limit = None
-                if margin is not None:
-                    # The positive's cosine is the product that every column's is.
-                    limit = tl.load(positive + k * wide + i_row) * b_inverse - margin
-                z = _scores(total, inverse, limit, b_inverse, i_row, i_column, q_id, c_id, first_own, columns, ROWS,
-                            COLUMNS)  # fmt: skip
+                limit = _limit(positive, b_inverse, margin, k * wide + i_row)
+                total = _segment(total, o_q, o_x, k, BOUNDS, ALIGN, DEPTH, PRECISION)
+                z = _scores(total, inverse, limit, b_inverse, i_block * ROWS, i_tile * COLUMNS, q_id, c_id, first_own,
+                            columns, ROWS, COLUMNS)  # fmt: skip
                 c = tl.maximum(b_inverse * scale, _LEAST_SCALE)
-                top = tl.maximum(tops[k], tl.max(z, 1))
+                top = tl.maximum(before, tl.max(z, 1))
                 shift = tl.where(top == _HIDDEN, 0.0, top)
-                fade = tl.exp2((tops[k] - shift) * c)
+                fade = tl.exp2((before - shift) * c)
                 e = tl.exp2((z - shift[:, None]) * c[:, None])
-                tops = _put(tops, k, top)
-                masses = _put(masses, k, masses[k] * fade + tl.sum(e, 1))
-                moments = _put(moments, k, moments[k] * fade + tl.sum(e * z, 1))
+                tl.store(o_partial, top, mask=live)
+                tl.store(o_partial + step, mass * fade + tl.sum(e, 1), mask=live)
+                tl.store(o_partial + 2 * step, moment * fade + tl.sum(e * z, 1), mask=live)
                 if teacher is not None:
                     t = _taught(teacher, teacher_state, teacher_stride, wide, columns, i_row, i_column, teacher_scale)
-                    taught = _put(taught, k, taught[k] + tl.sum(t * z, 1))
-        FIELDS: tl.constexpr = 3 if teacher is None else 4
-        widths = len(BOUNDS) - 1
-        for k in tl.static_range(len(BOUNDS) - 1):
-            o_partial = partial + (i_part * FIELDS * widths + k) * wide + i_row
-            step = widths * wide
-            tl.store(o_partial, tops[k], mask=place < rows)
-            tl.store(o_partial + step, masses[k], mask=place < rows)
-            tl.store(o_partial + 2 * step, moments[k], mask=place < rows)
-            if teacher is not None:
-                tl.store(o_partial + 3 * step, taught[k], mask=place < rows)
+                    tl.store(o_partial + 3 * step, taught + tl.sum(t * z, 1), mask=live)
+            # What one thread has stored, another loads.
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -277,7 +291,7 @@ def _focal(gap, gamma, FOCAL: tl.constexpr, DETACHED: tl.constexpr):
     return value, slope
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SLICES)
 def row_kernel(
     partial, positive, q_inverse, x_inverse, own_scores, own_inverse, teacher, teacher_state, unit, losses, state,
     own_pairs, own_sums, teacher_stride, rows, positives, first_own, parts, own_columns, scale, teacher_scale, share,
@@ -340,7 +354,9 @@ def row_kernel(
         top = tl.where(empty, 0.0, top)
         mass = tl.where(empty, 1.0, mass)
         cosine = b_inverse * inverse_temperature
-        o_out = state + k * wide + i_row
+        o_out = state
+        if state is not None:
+            o_out = state + k * wide + i_row
         if teacher_state is None:
             z = tl.load(positive + k * wide + i_row, mask=live, other=0.0)
             # Scores are subtracted before the temperature magnifies them: no digits are lost to large logits.
@@ -380,12 +396,13 @@ def row_kernel(
     tl.store(losses + i_row, loss, mask=live)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SLICES)
 def weight_kernel(
     queries, x, q_inverse, x_inverse, positive, q_ids, x_ids, teacher, teacher_state, state, weights, sums, q_stride,
-    x_stride, teacher_stride, rows, columns, first_own, first_row, first_column, slab, slab_columns, scale,
+    x_stride, teacher_stride, rows, columns, start, first_own, first_row, first_column, slab, slab_columns, scale,
     teacher_scale, margin,
-    BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    BOUNDS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # A tile of what the rows of either side are multiplied with for the gradient of the other, per segment. `slab`: the
     # entries of a segment's matrix, slab_columns wide.
@@ -394,37 +411,32 @@ def weight_kernel(
     i_down = tl.program_id(0) // across
     i_across = tl.program_id(0) % across
     WIDTHS: tl.constexpr = len(BOUNDS) - 1
-    place = first_row + i_down * ROWS + tl.arange(0, ROWS)
+    row = first_row + i_down * ROWS
+    column = first_column + i_across * COLUMNS
+    place = row + tl.arange(0, ROWS)
     i_row = tl.minimum(place, rows - 1)
-    i_column = first_column + i_across * COLUMNS + tl.arange(0, COLUMNS)
+    i_column = column + tl.arange(0, COLUMNS)
     near = tl.minimum(i_column, columns - 1)
     o_q = queries + i_row.to(tl.int64)[:, None] * q_stride
     o_x = x + near.to(tl.int64)[:, None] * x_stride
-    q_id = None
-    c_id = None
-    if q_ids is not None:
-        q_id = tl.load(q_ids + i_row)
-        c_id = tl.load(x_ids + near)
+    q_id = _ids(q_ids, start + i_row)
+    c_id = _ids(x_ids, near)
     down = i_down * ROWS + tl.arange(0, ROWS)
     right = i_across * COLUMNS + tl.arange(0, COLUMNS)
     o_weights = weights + down[:, None] * slab_columns + right[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in tl.static_range(WIDTHS):
-        total = _segment(total, o_q, o_x, BOUNDS[k], BOUNDS[k + 1], DEPTH, PRECISION)
+    for k in range(0, WIDTHS):
         inverse = tl.load(x_inverse + k * columns.to(tl.int64) + near)
         b_inverse = tl.load(q_inverse + k * wide + i_row)
-        limit = None
-        if margin is not None:
-            # The positive's cosine is the product that every column's is.
-            limit = tl.load(positive + k * wide + i_row) * b_inverse - margin
-        z = _scores(total, inverse, limit, b_inverse, i_row, i_column, q_id, c_id, first_own, columns, ROWS,
-                    COLUMNS)  # fmt: skip
-        c = tl.maximum(b_inverse * scale, _LEAST_SCALE)
+        limit = _limit(positive, b_inverse, margin, k * wide + i_row)
         o_state = state + k * wide + i_row
         step = WIDTHS * wide
         top = tl.load(o_state + _TOP * step)
         # Rows beyond the last add nothing.
         factor = tl.load(o_state + _FACTOR * step, mask=place < rows, other=0.0)
+        total = _segment(total, o_q, o_x, k, BOUNDS, ALIGN, DEPTH, PRECISION)
+        z = _scores(total, inverse, limit, b_inverse, row, column, q_id, c_id, first_own, columns, ROWS, COLUMNS)
+        c = tl.maximum(b_inverse * scale, _LEAST_SCALE)
         w = tl.exp2((z - top[:, None]) * c[:, None]) * factor[:, None]
         if teacher is not None:
             t = _taught(teacher, teacher_state, teacher_stride, wide, columns, i_row, i_column, teacher_scale)
@@ -435,16 +447,16 @@ def weight_kernel(
             tl.store(o_sums + right, tl.sum(w * total, 0))
         tl.store(o_weights + k * slab, w.to(weights.dtype.element_ty))
     if WIDTHS > 1:
-        # Segment k counts in all widths from k on.
+        # Segment k counts in all widths from k on. What one thread has stored, another may load.
         tl.debug_barrier()
         running = tl.load(o_weights + (WIDTHS - 1) * slab).to(tl.float32)
-        for i in tl.static_range(WIDTHS - 1):
-            o_segment = o_weights + (WIDTHS - 2 - i) * slab
+        for i in range(1, WIDTHS):
+            o_segment = o_weights + (WIDTHS - 1 - i) * slab
             running += tl.load(o_segment).to(tl.float32)
             tl.store(o_segment, running.to(weights.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SLICES)
 def finish_kernel(
     grad, x, inverse, sums, partner, pairs_of, pair_sums, unit, grad_stride, x_stride, partner_stride, numbers,
     first_row, rows, parts, slab_columns, pairs, offset, group, count,

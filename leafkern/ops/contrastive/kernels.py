@@ -57,14 +57,17 @@ class Tile:
 
     def constants(self, bounds: tuple[int, ...], precision: str) -> dict:
         cut = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth}
-        return {"BOUNDS": bounds, "PRECISION": precision} | cut
+        return {"BOUNDS": bounds, "ALIGN": math.gcd(self.depth, *bounds), "PRECISION": precision} | cut
 
 
-def configure(kernel: str, size: int, widths: int, precision: str) -> Tile:
-    """The heuristic, by bytes of an entry and number of widths."""
+def configure(size: int, plain: bool, precision: str) -> Tile:
+    """The heuristic, by bytes of an entry; plain: one width, no masks, no teacher, whose registers go elsewhere."""
     if size == 2:
-        return Tile(128, 128, 64, 8, 3, 1)
-    return Tile(64, 64, 16, 4, 2, 1)
+        return Tile(128, 128, 64, 8, 3, 1) if plain else Tile(64, 64, 64, 4, 3, 2)
+    if precision == "tf32":
+        return Tile(64, 64, 32, 4, 3, 2)
+    # Products of float32 leave the matrix units: they take a thread's rows and columns into registers whole.
+    return Tile(64, 64, 16, 8, 2, 1)
 
 
 def _prefix_constants(bounds: tuple[int, ...]) -> dict:
@@ -256,8 +259,11 @@ class _Call:
         )
         return inverse, scores
 
-    def _tile(self, kernel: str) -> Tile:
-        return configure(kernel, self.queries.element_size(), self.widths, self.precision)
+    @property
+    def tile(self) -> Tile:
+        masked = self.margin is not None or any(side.ids is not None for side in self.columns)
+        plain = self.widths == 1 and not masked and self.teacher is None
+        return configure(self.queries.element_size(), plain, self.precision)
 
     def _tile_arguments(self, side: _Columns) -> dict:
         """What the kernels over tiles share."""
@@ -268,7 +274,7 @@ class _Call:
             "q_inverse": self.q_inverse,
             "x_inverse": side.inverse,
             "positive": self.positive if masked else None,
-            "q_ids": self.q_ids if side.ids is not None else None,
+            "q_ids": None if side.ids is None else self.columns[0].ids,
             "x_ids": side.ids,
             "teacher": self.teacher,
             "teacher_state": self.teacher_state,
@@ -277,6 +283,7 @@ class _Call:
             "teacher_stride": 0 if self.teacher is None else self.teacher.stride(0),
             "rows": self.rows,
             "columns": len(side.x),
+            "start": self.columns[0].first_own or 0,
             "first_own": side.first_own,
             "scale": self.scale,
             "teacher_scale": self.teacher_scale,
@@ -288,18 +295,15 @@ class _Call:
         the positives."""
         if not self.columns:
             return None
-        tile = self._tile("score")
+        tile = self.tile
         constants = tile.constants(self.bounds, self.precision) | tile.options
         blocks = triton.cdiv(self.rows, tile.rows)
         positives = self.columns[0]
-        self.q_ids = None
         if positives.first_own is not None:
             self.positive = _floats(self.queries, self.widths, self.rows)
             given = self._tile_arguments(positives)
             given |= dict.fromkeys(("q_ids", "x_ids", "margin", "partial")) | {"positive": self.positive}
-            score_kernel[blocks,](**given, row_blocks=blocks, tiles=1, **constants)
-            if positives.ids is not None:
-                self.q_ids = positives.ids[positives.first_own :][: self.rows]
+            score_kernel[blocks,](**given, first_part=0, row_blocks=blocks, tiles=1, **constants)
         wanted = triton.cdiv(multiprocessors(self.queries) * tile.programs * WAVES, blocks)
         cuts = []
         for side in self.columns:
@@ -310,7 +314,7 @@ class _Call:
         partial = _floats(self.queries, sum(parts for *_, parts in cuts), fields, self.widths, self.rows)
         done = 0
         for side, each, parts in cuts:
-            given = self._tile_arguments(side) | {"partial": partial[done:]}
+            given = self._tile_arguments(side) | {"partial": partial, "first_part": done}
             score_kernel[blocks * parts,](**given, row_blocks=blocks, tiles=each, **constants)
             done += parts
         return partial
@@ -326,7 +330,7 @@ class _Call:
     def _chunks(self, side: _Columns, state, unit, q_grad, first: bool) -> None:
         """Adds the products of weights and columns to the gradient of the queries, and fills that of the columns; chunk
         by chunk of queries and columns."""
-        tile, queries, x, widths = self._tile("weight"), self.queries, side.x, self.widths
+        tile, queries, x, widths = self.tile, self.queries, side.x, self.widths
         high, wide = chunk(self.rows, len(x), widths, queries.element_size(), tile)
         weights = torch.empty(widths, high, wide, device=x.device, dtype=x.dtype)
         sums = None
