@@ -1,4 +1,4 @@
-"""The Triton kernels of the contrastive losses, run by Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpreter."""
+"""The Triton kernels of the contrastive losses in Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpreter."""
 
 import itertools
 
@@ -116,9 +116,7 @@ def test_shares_of_ranks_add_up(cuts):
     queries, positives, negatives, mixed = (x.detach() for x in batch(8))
     ids = some_ids(8, 3, kinds=6)
     rest = (0.1, 0.5, False, 0.5, [24], [0.7], [True] * 4)
-    expected = blocked_info_nce(
-        *(x.double() for x in (queries, positives, negatives, mixed)), *ids, 0, *rest
-    )
+    expected = blocked_info_nce(*(x.double() for x in (queries, positives, negatives, mixed)), *ids, 0, *rest)
     shares = []
     for start, end in itertools.pairwise(cuts):
         mine = slice(start, end)
@@ -259,7 +257,9 @@ def test_soft_labels_of_ranks_add_up():
     queries, candidates, scores = (x.detach() for x in labelled(8, 5, True))
     rest = (8, 0.1, 0.2, [24, 6], [0.6, 0.5], [True, True])
     whole = kernels.soft_label_loss(queries, candidates, scores, *rest)
-    shares = [kernels.soft_label_loss(queries[a:b], candidates, scores[a:b], *rest) for a, b in ((0, 3), (3, 3), (3, 8))]
+    shares = [
+        kernels.soft_label_loss(queries[a:b], candidates, scores[a:b], *rest) for a, b in ((0, 3), (3, 3), (3, 8))
+    ]
     loss, by_queries, by_candidates = zip(*shares)
     for found, right in zip((sum(loss), torch.cat(by_queries), sum(by_candidates)), whole, strict=True):
         assert relative(found, right) <= TOLERANCE[torch.float32]
@@ -287,7 +287,7 @@ def test_number_of_launches(launches):
 
 
 def test_launches_by_size(launches, small_chunks):
-    tile = kernels.configure(4, True, "ieee")
+    tile = kernels.configure(4, "ieee", (0, 16), False, False)
     rows = 2 * tile.columns
     info_nce(*batch(rows, 16, mixes=None, number=None)[:2])
     chunks = (rows // tile.rows) * (rows // tile.columns)
@@ -300,7 +300,7 @@ def test_launches_by_size(launches, small_chunks):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("widths", [1, 3, 7])
 def test_chunks_are_whole_tiles_within_their_bytes(rows, columns, size, widths):
-    tile = kernels.configure(size, True, "ieee")
+    tile = kernels.configure(size, "ieee", tuple(range(0, 64 * widths + 1, 64)), False, False)
     high, wide = kernels.chunk(rows, columns, widths, size, tile)
     assert high % tile.rows == 0
     assert wide % tile.columns == 0
@@ -314,6 +314,8 @@ def test_memory_is_bounded_by_the_chunk(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK_BYTES", 32 << 10)
     tensors = [x.detach() for x in batch(140, 8, number=None, mixes=None)[:2]]
     with LargestTensor() as largest:
-        kernels.info_nce(*tensors, None, None, None, None, 0, 0.1, 0.0, True, None, [8], [1.0], [True, True, False, False])
+        kernels.info_nce(
+            *tensors, None, None, None, None, 0, 0.1, 0.0, True, None, [8], [1.0], [True, True, False, False]
+        )
     # All similarities would take 76 KiB.
     assert largest.bytes <= 32 << 10

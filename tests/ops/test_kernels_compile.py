@@ -227,6 +227,30 @@ def test_what_norm_launches_is_what_is_listed(launches):
         assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed
 
 
+def test_what_contrastive_launches_is_what_is_listed(launches):
+    from leafkern.ops.contrastive import kernels
+
+    queries, positives = torch.randn(2, 96, 384).bfloat16()
+    negatives, mixed = torch.randn(96, 3, 384).bfloat16(), torch.randn(96, 4, 384).bfloat16()
+    needs = [True] * 4
+    # Norms of three tensors, positives, scores, rows; weights of one chunk and their finish; the queries' finish.
+    kernels.info_nce(
+        queries, positives, negatives, None, None, None, 0, 0.01, 0.5, True, None, [384], [1.0], [True] * 3 + [False]
+    )
+    assert len(launches) == 3 + 1 + 2 + 1 + 2 * 2 + 1
+    launches.clear()
+    kernels.info_nce(queries, positives, None, mixed, None, None, 0, 0.01, 0.0, True, None, [384], [1.0], needs)
+    assert len(launches) == 3 + 1 + 1 + 1 + 2 + 2 + 1
+    ids, scores = torch.arange(96), torch.randn(96, 96)
+    kernels.info_nce(queries, positives, None, None, ids, None, 0, 0.01, 0.0, True, 0.1, [384], [1.0], needs)
+    kernels.soft_label_loss(queries, positives, scores, 96, 0.05, 0.05, [384], [1.0], [True, True])
+    kernels.soft_label_loss(queries, mixed, scores[:, :4], 96, 0.05, 0.05, [384], [1.0], [True, True])
+    items = [item for item in cubin.shipped() if item.operation == "contrastive"]
+    listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in items]
+    for kernel in launches:
+        assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed, kernel.name
+
+
 def test_the_table_and_its_exit_status(tmp_path, capsys, monkeypatch):
     kernels = pytest.importorskip("leafkern.bench.kernels")
     join = next(item for item in cubin.shipped() if item.name.startswith("join") and item.tested)

@@ -322,21 +322,20 @@ def row_kernel(
         moment = tl.zeros([ROWS], tl.float32)
         taught = tl.zeros([ROWS], tl.float32)
         step = WIDTHS * wide
-        o_part = partial
         if partial is not None:
             o_part = partial + k * wide + i_row
-        for _ in range(0, parts):
-            part_top = tl.load(o_part, mask=live, other=0.0)
-            new_top = tl.maximum(top, part_top)
-            shift = tl.where(new_top == _HIDDEN, 0.0, new_top)
-            before = tl.exp2((top - shift) * c)
-            now = tl.exp2((part_top - shift) * c)
-            mass = mass * before + tl.load(o_part + step, mask=live, other=0.0) * now
-            moment = moment * before + tl.load(o_part + 2 * step, mask=live, other=0.0) * now
-            if teacher_state is not None:
-                taught += tl.load(o_part + 3 * step, mask=live, other=0.0)
-            top = new_top
-            o_part += FIELDS * step
+            for _ in range(0, parts):
+                part_top = tl.load(o_part, mask=live, other=0.0)
+                new_top = tl.maximum(top, part_top)
+                shift = tl.where(new_top == _HIDDEN, 0.0, new_top)
+                before = tl.exp2((top - shift) * c)
+                now = tl.exp2((part_top - shift) * c)
+                mass = mass * before + tl.load(o_part + step, mask=live, other=0.0) * now
+                moment = moment * before + tl.load(o_part + 2 * step, mask=live, other=0.0) * now
+                if teacher_state is not None:
+                    taught += tl.load(o_part + 3 * step, mask=live, other=0.0)
+                top = new_top
+                o_part += FIELDS * step
         o_own = k * wide * own_columns + i_row.to(tl.int64) * own_columns
         if own_scores is not None:
             for j in range(0, own_columns):

@@ -1,5 +1,43 @@
-"""Triton kernels of info_nce and soft_label_loss."""
+"""Triton kernels of info_nce and soft_label_loss, value and gradients. Not timed yet.
 
+Work. B queries, N columns, width D, K prefix widths, s bytes per entry. The value takes one product of the raw rows,
+2·B·N·D operations, whatever K: the sum over the entries so far is at the end of each segment the dot product of the
+prefixes, which inverse norms, (K, rows) numbers, turn into cosines. Per width and pair one exponential and some ten
+further operations. The gradients take that product again and one of each side, 6·B·N·D: with g_k the derivative by
+the cosine at width k, the rows of segment k of the other side count with W_k = sum over k' >= k of g_k' / (norms). In
+all 8·B·N·D, where eager PyTorch, which keeps all similarities, does 6·B·N·D. Compulsory bytes: the rows and gradients.
+
+Order. `prefix_kernel` (a launch per tensor) leaves inverse norms. `score_kernel` forms tiles of products on the matrix
+units and reduces them at once: per row and width the largest score, the sum of exponentials and the first moment of
+the scores, from which the projection of the query's gradient follows; no tile is stored. It runs once for the scores
+of the own positives, which are thus the very products that every column's score is, bit by bit, so that fn_margin
+compares like with like and a copy of the positive scores exactly as it does; then once for the positives and once for
+the negatives, which are never joined. `row_kernel` joins the parts and the query's own columns (mixed) and leaves the
+loss (focal weight in log space) and what the weights are made of. Then, chunk by chunk of rows and columns,
+`weight_kernel` forms the products again and writes W, and the library multiplies it with the rows of both sides and
+adds in float32. So weights *are* stored, CHUNK_BYTES at a time: a product of the library over a chunk of them, which
+stays in the cache of a large GPU, beats forming them once for each side inside a kernel of our own, 10·B·N·D.
+`finish_kernel` adds the own positive's part, exactly and in float32, and projects. Soft labels: the same, with
+`teacher_kernel` for the teacher's softmax; candidates of one query alone are own columns, without tiles.
+No atomics: a result depends on nothing but its inputs and the number of multiprocessors. The host waits for nothing.
+
+Launches of info_nce with all gradients: norms 3 (without negatives 2; one more with mixed), positives 1, scores 2, rows
+1, its sum 1; per chunk 1 + 2·K; per column chunk 1 and for the queries 1 (two more with mixed). In float16 some of
+torch's for a scale of the weights. One chunk serves each side up to B = N = 4096 in half precision at K = 1.
+
+Memory besides inputs and gradients: the weights of a chunk; parts of the scores, 12·K bytes for each of at most
+max(B, 1024 · multiprocessors) rows; parts of column sums, 4·K·B/ROWS bytes per column of a chunk; inverse norms and
+what the rows need, about 32·K bytes per row. At B = N = 16k, K = 1, bfloat16, 132 multiprocessors: 32 + 1.6 + 2 + 0.7
+MiB, at any D. Rows may lie apart; where the entries of a row are not adjacent, or queries, positives and negatives
+differ in dtype, a tensor is copied.
+
+Numerics. Products, sums and exponentials are float32, the products of float32 IEEE unless
+torch.backends.cuda.matmul allows tf32. W is rounded to the dtype of the rows: in bfloat16 a relative 2^-9 for each
+column's weight, in float16 2^-12, but for the own positive's; float16 is scaled so that the largest weight fits.
+Addresses are 64-bit.
+"""
+
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +47,12 @@ import triton
 
 from leafkern.ops._core.cubin import Shipped
 from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, unit_columns
-from leafkern.ops._core.normalize import common_dtype
 from leafkern.ops.attention.kernels import precision
 from leafkern.ops.contrastive.device import (
-    FACTOR,
     PAIR,
     PAIR_SUM,
     PLAIN,
+    SLICES,
     STATE_FIELDS,
     SUM,
     TEACHER_FIELDS,
@@ -30,56 +67,68 @@ from leafkern.ops.contrastive.reference import empty_gradient
 
 # Bytes of the weights of one chunk of rows and columns.
 CHUNK_BYTES = 32 << 20
-# Programs of `score_kernel` per place on a multiprocessor: the last wave, which is not full, is one of these.
-WAVES = 4
+# Programs of `score_kernel` per multiprocessor: the last wave, which is not full, is one of several.
+WAVES = 8
 # Weights in float16 are scaled so that none is above this.
 LARGEST_HALF = 2.0**14
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How the score and weight kernels are cut: a program forms rows x columns scores in steps of `depth` entries, and
-    `programs` share a multiprocessor, so that one multiplies while another takes exponentials."""
+    """How the score and weight kernels are cut: a program forms rows x columns scores in steps of `depth` entries."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
-    programs: int
 
     @property
     def options(self) -> dict:
-        """What the launch passes to the compiler; registers as far as the programs share them."""
-        registers = 65536 // (32 * self.warps * self.programs) // 8 * 8
-        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-        return options | {"maxnreg": min(registers, 255)}
+        """What the launch passes to the compiler. Left alone, ptxas spills to win occupancy; fusing multiplication and
+        addition is Triton's default, which 3.10 changes and 3.9 warns about."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255, "enable_fp_fusion": True}
 
     def constants(self, bounds: tuple[int, ...], precision: str) -> dict:
         cut = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth}
         return {"BOUNDS": bounds, "ALIGN": math.gcd(self.depth, *bounds), "PRECISION": precision} | cut
 
 
-def configure(size: int, plain: bool, precision: str) -> Tile:
-    """The heuristic, by bytes of an entry; plain: one width, no masks, no teacher, whose registers go elsewhere."""
+def configure(size: int, precision: str, bounds: tuple[int, ...], masked: bool, taught: bool) -> Tile:
+    """The heuristic, by bytes of an entry: of tiles whose registers suffice on every architecture, the largest.
+
+    bounds: of the segments of the rows. masked: by ids or margin. taught: against a teacher."""
+    several, odd = len(bounds) > 2, math.gcd(*bounds) % 16 > 0
     if size == 2:
-        return Tile(128, 128, 64, 8, 3, 1) if plain else Tile(64, 64, 64, 4, 3, 2)
+        if odd:
+            # Entries are loaded one by one.
+            return Tile(64, 64, 32, 8, 2)
+        if several or taught:
+            return Tile(64, 64, 64, 8, 3)
+        return Tile(64 if masked else 128, 128, 64, 8, 3)
     if precision == "tf32":
-        return Tile(64, 64, 32, 4, 3, 2)
+        return Tile(64, 64, 32, 8, 3)
     # Products of float32 leave the matrix units: they take a thread's rows and columns into registers whole.
-    return Tile(64, 64, 16, 8, 2, 1)
+    if several or odd or masked or taught:
+        return Tile(32, 32 if taught else 64, 16, 8, 2)
+    return Tile(64, 64, 16, 8, 2)
 
 
 def _prefix_constants(bounds: tuple[int, ...]) -> dict:
-    widest = max(high - low for low, high in zip(bounds, bounds[1:]))
+    widest = max(high - low for low, high in itertools.pairwise(bounds))
     return {"BOUNDS": bounds, "ROWS": 16, "COLUMNS": min(next_power_of_2(widest), 128)}
 
 
 TEACHER_CONSTANTS = {"COLUMNS": 1024}
-ROWS_OF_ROW_KERNEL = 128
+# Rows of a program of `row_kernel`.
+ROW_BLOCK = 128
 # Parts of a sum that `finish_kernel` adds at once.
 PARTS = 32
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def _row_constants(dim_weights: tuple[float, ...], gamma: float, detach_focal: bool) -> dict:
+    return {"DIM_WEIGHTS": dim_weights, "FOCAL": gamma > 0, "DETACHED": detach_focal, "ROWS": ROW_BLOCK}
 
 
 @dataclass
@@ -168,7 +217,7 @@ class _Call:
         if wanted and self.own is not None:
             own_pairs, own_sums = _floats(queries, 2, widths, len(self.own))
         positives = self.columns[0] if self.positive is not None else None
-        row_kernel[triton.cdiv(rows, ROWS_OF_ROW_KERNEL),](
+        row_kernel[triton.cdiv(rows, ROW_BLOCK),](
             partial,
             self.positive,
             self.q_inverse,
@@ -193,10 +242,7 @@ class _Call:
             1 / self.total,
             1 / self.temperature,
             gamma,
-            DIM_WEIGHTS=self.dim_weights,
-            FOCAL=gamma > 0,
-            DETACHED=detach_focal,
-            ROWS=ROWS_OF_ROW_KERNEL,
+            **_row_constants(self.dim_weights, gamma, detach_focal),
             **OPTIONS,
         )
         first = True
@@ -262,8 +308,7 @@ class _Call:
     @property
     def tile(self) -> Tile:
         masked = self.margin is not None or any(side.ids is not None for side in self.columns)
-        plain = self.widths == 1 and not masked and self.teacher is None
-        return configure(self.queries.element_size(), plain, self.precision)
+        return configure(self.queries.element_size(), self.precision, self.bounds, masked, self.teacher is not None)
 
     def _tile_arguments(self, side: _Columns) -> dict:
         """What the kernels over tiles share."""
@@ -304,7 +349,7 @@ class _Call:
             given = self._tile_arguments(positives)
             given |= dict.fromkeys(("q_ids", "x_ids", "margin", "partial")) | {"positive": self.positive}
             score_kernel[blocks,](**given, first_part=0, row_blocks=blocks, tiles=1, **constants)
-        wanted = triton.cdiv(multiprocessors(self.queries) * tile.programs * WAVES, blocks)
+        wanted = triton.cdiv(multiprocessors(self.queries) * WAVES, blocks)
         cuts = []
         for side in self.columns:
             tiles = triton.cdiv(len(side.x), tile.columns)
@@ -336,7 +381,7 @@ class _Call:
         sums = None
         if side.grad is not None:
             sums = _floats(x, triton.cdiv(self.rows, tile.rows), widths, wide)
-        segments = [slice(low, end) for low, end in zip(self.bounds, self.bounds[1:])]
+        segments = [slice(low, end) for low, end in itertools.pairwise(self.bounds)]
         given = self._tile_arguments(side) | {"state": state, "weights": weights, "sums": sums}
         given |= {"slab": high * wide, "slab_columns": wide}
         given |= tile.constants(self.bounds, self.precision) | tile.options
@@ -378,7 +423,7 @@ class _Call:
         of_partner: bool | None = None,
     ) -> None:
         rows = slice(0, len(x)) if rows is None else rows
-        constants = finish_constants(self.bounds, add, count > 1 if of_partner is None else of_partner)
+        constants = _finish_constants(self.bounds, add, count > 1 if of_partner is None else of_partner)
         sums = sums if sums is None or sums.ndim == 3 else sums[None]
         finish_kernel[triton.cdiv(rows.stop - rows.start, constants["ROWS"]),](
             grad,
@@ -417,8 +462,8 @@ def chunk(rows: int, columns: int, widths: int, size: int, tile: Tile) -> tuple[
     return min(all_rows, max(entries // wide // tile.rows, 1) * tile.rows), wide
 
 
-def finish_constants(bounds: tuple[int, ...], add: bool, of_partner: bool) -> dict:
-    widest = max(high - low for low, high in zip(bounds, bounds[1:]))
+def _finish_constants(bounds: tuple[int, ...], add: bool, of_partner: bool) -> dict:
+    widest = max(high - low for low, high in itertools.pairwise(bounds))
     cut = {"ROWS": 16, "COLUMNS": min(next_power_of_2(widest), 128), "PARTS": PARTS}
     return {"BOUNDS": bounds, "ADD": add, "OF_PARTNER": of_partner} | cut
 
@@ -455,8 +500,9 @@ def info_nce(
     dtype = positives.dtype
     for x in (queries, negatives):
         dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
-    wide = [grad.view(-1, queries.shape[1]) if need and x is not None else None for grad, need, x in
-            zip(grads, needs, (queries, positives, negatives, mixed))]  # fmt: skip
+    wide = []
+    for x, grad, wanted in zip((queries, positives, negatives, mixed), grads, needs, strict=True):
+        wide.append(grad.view(-1, queries.shape[1]) if wanted and x is not None else None)
     ids = None if positive_ids is None else positive_ids.contiguous()
     columns = [_Columns(_rows_of(positives, dtype), ids, start, wide[1])]
     if negatives is not None:
@@ -513,3 +559,110 @@ def soft_label_loss(
         )
         loss = call.evaluate(0.0, True, None, q_grad, None if shared else c_grad)
     return loss, *grads
+
+
+# What is shipped, for the proof without a GPU
+
+# The widths of KaLM-Embedding-V2; 100 is no multiple of 16.
+BOUNDS = {"D=384": (0, 384), "D=768": (0, 768), "D=1024": (0, 1024), "D=100": (0, 100)}
+BOUNDS |= {"D=896 in 5": (0, 64, 128, 256, 512, 896)}
+# Widths and forms of the kernels over tiles, by dtype.
+TILES = {
+    "bf16": [
+        *((width, "") for width in BOUNDS),
+        ("D=384", "masked"),
+        ("D=896 in 5", "masked"),
+        ("D=384", "taught"),
+        ("D=896 in 5", "taught"),
+        ("D=384", "negatives"),
+        ("D=384", "positives"),
+        ("D=384", "positives masked"),
+    ],
+    "fp16": [("D=384", "")],
+    "fp32": [("D=384", ""), ("D=384", "masked"), ("D=896 in 5", "masked"), ("D=896 in 5", "taught")],
+}
+TESTED = {
+    "score bf16 D=384",
+    "weight masked bf16 D=896 in 5",
+    "row focal D=384",
+    "finish positives bf16 D=384",
+    "prefix bf16 D=384",
+    "teacher fp32",
+}
+
+
+def shipped() -> list[Shipped]:
+    """What is launched for the widths of encoders in use, with and without masks, a teacher and own columns."""
+    found = [_shipped("teacher fp32", teacher_kernel, {"teacher": "fp32"}, TEACHER_CONSTANTS)]
+    for dtype, cases in TILES.items():
+        for width, form in cases:
+            found.append(_shipped_tile("score", score_kernel, dtype, width, form))
+            if "positives" not in form:
+                found.append(_shipped_tile("weight", weight_kernel, dtype, width, form))
+    for width in ("D=384", "D=896 in 5"):
+        found += [_shipped_prefix(width, own) for own in (False, True)]
+        found += [_shipped_row(width, form) for form in ("", "focal", "own", "taught", "taught own")]
+        found += [_shipped_finish(width, form) for form in FINISHES]
+    return found
+
+
+def _shipped(
+    title: str, kernel, pointers: dict[str, str], constants: dict, options: dict = OPTIONS, absent=()
+) -> Shipped:
+    """Pointers that `pointers` does not name are float32; `absent` arguments are None."""
+    types = dict.fromkeys(("scale", "teacher_scale", "margin", "share", "inverse_temperature", "gamma"), "fp32")
+    types |= dict.fromkeys(PLAIN, "i32")
+    signature = {}
+    for name in kernel.arg_names:
+        if name in absent or name in constants:
+            continue
+        stride = "i32" if "D=100" in title and name != "teacher_stride" else "i32:16"
+        pointer = f"*{pointers.get(name, 'fp32')}{'' if name in SLICES else ':16'}"
+        signature[name] = types.get(name, stride if name.endswith("stride") else pointer)
+    constants = constants | {name: None for name in absent if name in kernel.arg_names}
+    return Shipped("contrastive", title, kernel, signature, constants, options, tested=title in TESTED)
+
+
+def _shipped_tile(name: str, kernel, dtype: str, width: str, form: str) -> Shipped:
+    bounds, masked, taught, positives = BOUNDS[width], "masked" in form, form == "taught", "positives" in form
+    tile = configure(4 if dtype == "fp32" else 2, "ieee", bounds, masked, taught)
+    pointers = dict.fromkeys(("queries", "x", "weights"), dtype) | {"q_ids": "i64", "x_ids": "i64"}
+    absent = set() if taught else {"teacher", "teacher_state"}
+    absent |= set() if masked and not positives else {"q_ids", "x_ids", "margin"}
+    absent |= {"partial"} if positives else set() if masked else {"positive"}
+    absent |= {"first_own"} if taught or form == "negatives" else set()
+    title = " ".join(filter(None, (name, form, dtype, width)))
+    return _shipped(title, kernel, pointers, tile.constants(bounds, "ieee"), tile.options, absent)
+
+
+def _shipped_prefix(width: str, own: bool) -> Shipped:
+    constants, absent = _prefix_constants(BOUNDS[width]), () if own else ("queries", "scores")
+    title = f"prefix{' own' if own else ''} bf16 {width}"
+    return _shipped(title, prefix_kernel, {"x": "bf16", "queries": "bf16"}, constants, absent=absent)
+
+
+def _shipped_row(width: str, form: str) -> Shipped:
+    absent = {"unit"} | (set() if "own" in form else {"own_scores", "own_inverse", "own_pairs", "own_sums"})
+    absent |= {"positive", "x_inverse"} if "taught" in form else {"teacher", "teacher_state"}
+    absent |= {"partial"} if form == "taught own" else set()
+    weights = (1 / (len(BOUNDS[width]) - 1),) * (len(BOUNDS[width]) - 1)
+    constants = _row_constants(weights, 0.5 if form == "focal" else 0.0, True)
+    return _shipped(" ".join(filter(None, ("row", form, width))), row_kernel, {}, constants, absent=absent)
+
+
+# The launches of `_finish`, as (absent tensors, ADD, OF_PARTNER).
+FINISHES = {
+    "queries": (("pair_sums",), True, False),
+    "positives": ((), True, True),
+    "negatives": (("partner", "pairs_of", "pair_sums"), True, False),
+    "own": (("pair_sums",), False, False),
+    "queries by own": (("inverse", "sums", "pair_sums"), True, True),
+    "queries by own alone": (("pair_sums",), False, True),
+}
+
+
+def _shipped_finish(width: str, form: str) -> Shipped:
+    absent, add, of_partner = FINISHES[form]
+    constants = _finish_constants(BOUNDS[width], add, of_partner)
+    pointers = {"x": "bf16", "partner": "bf16"}
+    return _shipped(f"finish {form} bf16 {width}", finish_kernel, pointers, constants, absent=(*absent, "unit"))
