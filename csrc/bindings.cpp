@@ -1,10 +1,15 @@
 // Python's door to the kernels: raw pointers, sizes and thread counts in, nothing owned, the GIL released.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "common/isa.h"
+#include "contrastive/contrastive.h"
 #include "relative/relative.h"
 #include "retrieval/search.h"
 
@@ -16,9 +21,10 @@ namespace {
 struct Kernels {
     const SearchKernels* search;
     const RelativeKernels* relative;
+    const ContrastiveKernels* contrastive;
 };
 
-Kernels chosen = {&portable::search_kernels, &portable::relative_kernels};
+Kernels chosen = {&portable::search_kernels, &portable::relative_kernels, &portable::contrastive_kernels};
 
 py::list instruction_sets() {
     py::list names;
@@ -30,12 +36,12 @@ py::list instruction_sets() {
 void select_isa(const std::string& name) {
 #if LEAFKERN_X86
     if (name == "avx2" && has_isa_avx2()) {
-        chosen = {&avx2::search_kernels, &avx2::relative_kernels};
+        chosen = {&avx2::search_kernels, &avx2::relative_kernels, &avx2::contrastive_kernels};
         return;
     }
 #endif
     if (name != "portable") throw std::invalid_argument("no such instruction set here: " + name);
-    chosen = {&portable::search_kernels, &portable::relative_kernels};
+    chosen = {&portable::search_kernels, &portable::relative_kernels, &portable::contrastive_kernels};
 }
 
 SearchArguments search_arguments(int form, int dim, int flip, int64_t queries, int64_t count, int64_t stride, int k,
@@ -62,6 +68,59 @@ RelativeArguments relative_arguments(bool is_double, int64_t batch, int widths, 
     a.widths = widths;
     a.threads = threads;
     return a;
+}
+
+// raw, weights, inverse, count, stride, inverse stride, ids, maskable, partial, sums
+using PartTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t, bool, uintptr_t,
+                             uintptr_t>;
+
+ContrastivePart contrastive_part(const PartTuple& given) {
+    const auto [raw, weights, inverse, count, stride, inverse_stride, ids, maskable, partial, sums] = given;
+    ContrastivePart part{};
+    part.raw = reinterpret_cast<const void*>(raw);
+    part.weights = reinterpret_cast<void*>(weights);
+    part.inverse = reinterpret_cast<const void*>(inverse);
+    part.count = count;
+    part.stride = stride;
+    part.inverse_stride = inverse_stride;
+    part.ids = reinterpret_cast<const int64_t*>(ids);
+    part.maskable = maskable;
+    part.partial = reinterpret_cast<void*>(partial);
+    part.sums = reinterpret_cast<double*>(sums);
+    return part;
+}
+
+// is double, threads, x, rows, stride, inverse, inverse stride
+using MatrixTuple = std::tuple<bool, int, uintptr_t, int64_t, int64_t, uintptr_t, int64_t>;
+
+ContrastiveMatrix contrastive_matrix(const MatrixTuple& given, const std::vector<int64_t>& dims) {
+    const auto [is_double, threads, x, rows, stride, inverse, inverse_stride] = given;
+    return {is_double, threads, reinterpret_cast<const void*>(x), rows, stride, dims.data(),
+            static_cast<int64_t>(dims.size()), reinterpret_cast<void*>(inverse), inverse_stride};
+}
+
+// y, count, row stride, stride, raw, inverse, weights, row gradient, its stride, gradient, its stride
+using OwnTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
+                            uintptr_t, int64_t>;
+// own positive of the first row, ids, margin, gamma, detach focal
+using InfoNceTuple = std::tuple<int64_t, uintptr_t, std::optional<double>, double, bool>;
+
+ContrastiveOwn contrastive_own(const OwnTuple& given) {
+    const auto [y, count, row_stride, stride, raw, inverse, weights, row_gradient, row_gradient_stride, gradient,
+                gradient_stride] = given;
+    ContrastiveOwn own{};
+    own.y = reinterpret_cast<const void*>(y);
+    own.count = count;
+    own.row_stride = row_stride;
+    own.stride = stride;
+    own.raw = reinterpret_cast<void*>(raw);
+    own.inverse = reinterpret_cast<void*>(inverse);
+    own.weights = reinterpret_cast<const void*>(weights);
+    own.row_gradient = reinterpret_cast<void*>(row_gradient);
+    own.row_gradient_stride = row_gradient_stride;
+    own.gradient = reinterpret_cast<void*>(gradient);
+    own.gradient_stride = gradient_stride;
+    return own;
 }
 
 }  // namespace
@@ -111,5 +170,66 @@ PYBIND11_MODULE(_C, module) {
         a.gradient = reinterpret_cast<void*>(gradient);
         py::gil_scoped_release released;
         relative(kernels, a, reinterpret_cast<unsigned char*>(workspace));
+    });
+
+    module.def("contrastive_rows", [](bool is_double, bool gradient, int threads, int64_t rows, uintptr_t inverse,
+                                      const std::vector<PartTuple>& parts, double temperature, double share,
+                                      uintptr_t losses, uintptr_t sums, int64_t widths, int64_t width_stride,
+                                      std::optional<InfoNceTuple> nce, uintptr_t teacher, double teacher_temperature) {
+        ContrastiveRows a{};
+        if (parts.size() != 3) throw std::invalid_argument("contrastive_rows: expected three parts");
+        a.is_double = is_double;
+        a.gradient = gradient;
+        a.threads = threads;
+        a.rows = rows;
+        a.inverse = reinterpret_cast<const void*>(inverse);
+        for (int p = 0; p < 3; ++p) a.parts[p] = contrastive_part(parts[p]);
+        a.temperature = temperature;
+        a.share = share;
+        a.losses = reinterpret_cast<double*>(losses);
+        a.sums = reinterpret_cast<double*>(sums);
+        a.widths = widths;
+        a.width_stride = width_stride;
+        if (nce) {
+            const auto [own, ids, margin, gamma, detach_focal] = *nce;
+            if (own < 0 || own + rows > a.parts[0].count)
+                throw std::invalid_argument("contrastive_rows: own positives beyond the first part");
+            a.own = own;
+            a.ids = reinterpret_cast<const int64_t*>(ids);
+            a.has_margin = margin.has_value();
+            a.margin = margin.value_or(0);
+            a.gamma = gamma;
+            a.detach_focal = detach_focal;
+        }
+        if (!nce && !teacher) throw std::invalid_argument("contrastive_rows: neither positives nor a teacher");
+        a.teacher = reinterpret_cast<const void*>(teacher);
+        a.teacher_temperature = teacher_temperature;
+        py::gil_scoped_release released;
+        return contrastive_rows(*chosen.contrastive, a);
+    });
+    module.def("inverse_norms", [](const MatrixTuple& matrix, const std::vector<int64_t>& dims) {
+        const ContrastiveMatrix m = contrastive_matrix(matrix, dims);
+        py::gil_scoped_release released;
+        inverse_norms(*chosen.contrastive, m);
+    });
+    module.def("own_products", [](const MatrixTuple& matrix, const std::vector<int64_t>& dims, const OwnTuple& own) {
+        const ContrastiveMatrix m = contrastive_matrix(matrix, dims);
+        const ContrastiveOwn o = contrastive_own(own);
+        py::gil_scoped_release released;
+        own_products(*chosen.contrastive, m, o);
+    });
+    module.def("own_gradients", [](const MatrixTuple& matrix, const std::vector<int64_t>& dims, const OwnTuple& own) {
+        const ContrastiveMatrix m = contrastive_matrix(matrix, dims);
+        const ContrastiveOwn o = contrastive_own(own);
+        py::gil_scoped_release released;
+        own_gradients(*chosen.contrastive, m, o);
+    });
+    module.def("project", [](const MatrixTuple& matrix, const std::vector<int64_t>& dims, uintptr_t gradient,
+                             int64_t stride, uintptr_t sums, int64_t sums_stride) {
+        const ContrastiveMatrix m = contrastive_matrix(matrix, dims);
+        const ContrastiveProjection projection{reinterpret_cast<void*>(gradient), stride,
+                                               reinterpret_cast<const double*>(sums), sums_stride};
+        py::gil_scoped_release released;
+        project(*chosen.contrastive, m, projection);
     });
 }

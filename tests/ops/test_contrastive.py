@@ -7,40 +7,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import LargestTensor, relative
+from contrastive_cases import MatrixWork, batch, info_nce_arguments, some_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from leafkern.errors import BackendError, InputError
 from leafkern.ops import info_nce
-from leafkern.ops.contrastive import autograd, reference
+from leafkern.ops._core.native import library
+from leafkern.ops.contrastive import autograd, native, reference
 from leafkern.ops.contrastive.reference import brute_info_nce
 
 FOCAL = [(0.0, True), (0.5, True), (0.5, False), (2.0, False)]
 
 
-@pytest.fixture
-def poisoned():
-    """torch.empty gives NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+BACKENDS = ["native", "reference"] if library()[0] else ["reference"]
+FORMS = [reference.blocked_info_nce, native.info_nce][: len(BACKENDS)]
 
 
-def batch(rows, width=24, number=3, mixes=2, dtype=torch.float64):
-    """Queries, positives near them, negatives, mixed; no negatives or no mixes for None."""
-    queries = torch.randn(rows, width, dtype=dtype)
-    positives = queries + torch.randn(rows, width, dtype=dtype)
-    shapes = [None if count is None else (rows, count, width) for count in (number, mixes)]
-    others = [None if shape is None else torch.randn(shape, dtype=dtype) for shape in shapes]
-    return [None if x is None else x.requires_grad_() for x in (queries, positives, *others)]
-
-
-def some_ids(rows, number, kinds=3):
-    return torch.randint(kinds, (rows,)), None if number is None else torch.randint(kinds, (rows, number))
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request, monkeypatch):
+    monkeypatch.setenv("LEAFKERN_BACKEND", f"contrastive={request.param}")
 
 
 def exactly(tensors):
@@ -331,24 +318,17 @@ def test_order_of_the_batch_does_not_matter():
         torch.testing.assert_close(mine, right[order])
 
 
-def op_arguments(tensors, ids, start, options, needs=(True,) * 4):
-    defaults = {"temperature": 0.1, "gamma": 0.0, "detach_focal": True, "fn_margin": None}
-    width = tensors[0].shape[1]
-    rest = (defaults | {"dims": [width], "dim_weights": [1.0]} | options).values()
-    return (*tensors, *ids, start, *rest, list(needs))
-
-
 @pytest.mark.parametrize("cuts", [[0, 3, 8], [0, 0, 1, 8, 8], [0, 5, 6, 8]])
 def test_shares_of_ranks_add_up(cuts):
     """What each rank computes: its own rows, from `start` on, against the columns of all."""
     tensors, ids = [x.detach() for x in batch(8)], some_ids(8, 3)
     options = {"gamma": 0.5, "detach_focal": False, "fn_margin": 0.5, "dims": [24, 6], "dim_weights": [0.6, 0.5]}
-    whole = torch.ops.leafkern.info_nce(*op_arguments(tensors, ids, 0, options))
+    whole = torch.ops.leafkern.info_nce(*info_nce_arguments(tensors, ids, 0, options))
     queries, positives, negatives, mixed = tensors
     shares = []
     for start, end in itertools.pairwise(cuts):
         mine = (queries[start:end], positives, negatives, mixed[start:end])
-        shares.append(torch.ops.leafkern.info_nce(*op_arguments(mine, ids, start, options)))
+        shares.append(torch.ops.leafkern.info_nce(*info_nce_arguments(mine, ids, start, options)))
     loss, by_queries, by_positives, by_negatives, by_mixed = zip(*shares)
     torch.testing.assert_close(sum(loss), whole[0])
     torch.testing.assert_close(torch.cat(by_queries), whole[1])
@@ -377,11 +357,12 @@ def test_blocks_do_not_show(monkeypatch):
             torch.testing.assert_close(part, grad)
 
 
-def test_memory_is_bounded_by_the_block(monkeypatch):
+@pytest.mark.parametrize("form", FORMS)
+def test_memory_is_bounded_by_the_block(monkeypatch, form):
     monkeypatch.setitem(reference.BLOCK_BYTES, "cpu", 30_000)
     tensors, ids = [x.detach() for x in batch(128, width=8, dtype=torch.float32)], some_ids(128, 3)
     with LargestTensor() as largest:
-        reference.blocked_info_nce(*op_arguments(tensors, ids, 0, {"gamma": 0.5, "fn_margin": 0.1}))
+        form(*info_nce_arguments(tensors, ids, 0, {"gamma": 0.5, "fn_margin": 0.1}))
     # All similarities would take 256 KiB, their mask 64 KiB; the columns take 16 KiB.
     assert largest.bytes <= 30_000
 
@@ -406,20 +387,8 @@ def test_frozen_arguments_cost_no_gradient(frozen):
             torch.testing.assert_close(x.grad, grad)
     needs = [place != frozen for place in range(4)]
     tensors = [x.detach() for x in tensors]
-    output = torch.ops.leafkern.info_nce(*op_arguments(tensors, (None, None), 0, {}, needs))
+    output = torch.ops.leafkern.info_nce(*info_nce_arguments(tensors, (None, None), 0, {}, needs))
     assert [out.shape for out in output[1:]] == [x.shape if need else (0,) for x, need in zip(tensors, needs)]
-
-
-class MatrixWork(TorchDispatchMode):
-    """Multiplications in matrix products."""
-
-    total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__.strip("_") in ("mm", "bmm", "addmm"):
-            left, right = args[-2:]
-            self.total += left.numel() * right.shape[-1]
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
@@ -432,12 +401,13 @@ class MatrixWork(TorchDispatchMode):
         ((True, True, True), 4 + 4 + 4),
     ],
 )
-def test_matrix_products_are_those_of_the_wanted_gradients(needs, work):
+@pytest.mark.parametrize("form", FORMS)
+def test_matrix_products_are_those_of_the_wanted_gradients(form, needs, work):
     """In units of B·B·D: 4 for the similarities to positives and 3 negatives each."""
     tensors = [x if x is None else x.detach() for x in batch(16, mixes=None)]
-    arguments = op_arguments(tensors, (None, None), 0, {}, (*needs, False))
+    arguments = info_nce_arguments(tensors, (None, None), 0, {}, (*needs, False))
     with MatrixWork() as products:
-        reference.blocked_info_nce(*arguments)
+        form(*arguments)
     assert products.total == work * 16 * 16 * 24
 
 
@@ -447,7 +417,9 @@ def test_without_gradient_only_the_value_is_computed():
         loss = call(info_nce, tensors)
     assert not loss.requires_grad
     assert torch.equal(loss, call(info_nce, tensors).detach())
-    output = torch.ops.leafkern.info_nce(*op_arguments([x.detach() for x in tensors], (None, None), 0, {}, [False] * 4))
+    output = torch.ops.leafkern.info_nce(
+        *info_nce_arguments([x.detach() for x in tensors], (None, None), 0, {}, [False] * 4)
+    )
     assert [out.numel() for out in output] == [1, 0, 0, 0, 0]
 
 
@@ -536,7 +508,7 @@ def test_opcheck(dtype, number, mixes, options):
             if x is not None:
                 x.requires_grad_(need)
         results = torch.library.opcheck(
-            torch.ops.leafkern.info_nce.default, op_arguments(tensors, ids, 0, options, needs)
+            torch.ops.leafkern.info_nce.default, info_nce_arguments(tensors, ids, 0, options, needs)
         )
         assert set(results.values()) == {"SUCCESS"}
 
@@ -620,6 +592,6 @@ def test_wrong_arguments(arguments, options, message):
 
 def test_the_op_says_when_a_wanted_gradient_was_not_asked_for():
     tensors = batch(3, number=None, mixes=None)
-    loss = autograd.info_nce(*op_arguments(tensors, (None, None), 0, {}, [False, True, False, False]))[0]
+    loss = autograd.info_nce(*info_nce_arguments(tensors, (None, None), 0, {}, [False, True, False, False]))[0]
     with pytest.raises(RuntimeError, match="info_nce: called with needs=False"):
         loss.backward()

@@ -7,21 +7,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import LargestTensor, relative
+from contrastive_cases import soft_label_arguments
+from contrastive_cases import soft_label_batch as batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
 
 from leafkern.errors import InputError
 from leafkern.ops import contrastive, soft_label_loss
-from leafkern.ops.contrastive import autograd, reference
+from leafkern.ops._core.native import library
+from leafkern.ops.contrastive import autograd, native, reference
 from leafkern.ops.contrastive.reference import brute_soft_label_loss
 
+BACKENDS = ["native", "reference"] if library()[0] else ["reference"]
+FORMS = [reference.blocked_soft_label_loss, native.soft_label_loss][: len(BACKENDS)]
 
-def batch(rows, number, *, shared, width=24, dtype=torch.float64):
-    """Queries, candidates, teacher's scores as cosines."""
-    queries = torch.randn(rows, width, dtype=dtype, requires_grad=True)
-    shape = (number, width) if shared else (rows, number, width)
-    return queries, torch.randn(shape, dtype=dtype, requires_grad=True), torch.randn(rows, number, dtype=dtype) / 4
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request, monkeypatch):
+    monkeypatch.setenv("LEAFKERN_BACKEND", f"contrastive={request.param}")
 
 
 def exactly(tensors):
@@ -212,22 +216,17 @@ def test_order_does_not_matter(shared):
     torch.testing.assert_close(again, soft_label_loss(queries, candidates, scores))
 
 
-def op_arguments(tensors, total, needs=(True, True), dims=None, dim_weights=None):
-    dims = [tensors[0].shape[1]] if dims is None else dims
-    return (*tensors, total, 0.1, 0.2, dims, [1.0] if dim_weights is None else dim_weights, list(needs))
-
-
 @pytest.mark.parametrize("cuts", [[0, 3, 8], [0, 0, 1, 8, 8], [0, 5, 6, 8]])
 @pytest.mark.parametrize("shared", [False, True])
 def test_shares_of_ranks_add_up(cuts, shared):
     """What each rank computes: its own rows against the shared candidates of all, or against its own."""
     queries, candidates, scores = tensors = [x.detach() for x in batch(8, 5, shared=shared)]
     options = {"dims": [24, 6], "dim_weights": [0.6, 0.5]}
-    whole = torch.ops.leafkern.soft_label_loss(*op_arguments(tensors, 8, **options))
+    whole = torch.ops.leafkern.soft_label_loss(*soft_label_arguments(tensors, 8, **options))
     shares = []
     for start, end in itertools.pairwise(cuts):
         mine = (queries[start:end], candidates if shared else candidates[start:end], scores[start:end])
-        shares.append(torch.ops.leafkern.soft_label_loss(*op_arguments(mine, 8, **options)))
+        shares.append(torch.ops.leafkern.soft_label_loss(*soft_label_arguments(mine, 8, **options)))
     loss, by_queries, by_candidates = zip(*shares)
     torch.testing.assert_close(sum(loss), whole[0])
     torch.testing.assert_close(torch.cat(by_queries), whole[1])
@@ -252,24 +251,19 @@ def test_blocks_do_not_show(monkeypatch, shared):
             torch.testing.assert_close(part, grad)
 
 
-def test_memory_is_bounded_by_the_block(monkeypatch):
+@pytest.mark.parametrize("form", FORMS)
+def test_memory_is_bounded_by_the_block(monkeypatch, form):
     monkeypatch.setitem(reference.BLOCK_BYTES, "cpu", 20_000)
     tensors = [x.detach() for x in batch(128, 500, shared=True, width=8, dtype=torch.float32)]
     with LargestTensor() as largest:
-        reference.blocked_soft_label_loss(*op_arguments(tensors, 128))
+        form(*soft_label_arguments(tensors, 128))
     # All similarities would take 250 KiB; the candidates take 16 kB.
     assert largest.bytes <= 20_000
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_empty_memory_is_always_written(shared):
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        loss, grads = value_and_gradients(soft_label_loss, batch(5, 4, shared=shared), dims=[20, 3])
-    finally:
-        torch.use_deterministic_algorithms(before)
+def test_empty_memory_is_always_written(poisoned, shared):
+    loss, grads = value_and_gradients(soft_label_loss, batch(5, 4, shared=shared), dims=[20, 3])
     assert loss.isfinite()
     assert all(grad.isfinite().all() for grad in grads)
 
@@ -284,7 +278,7 @@ def test_frozen_arguments_cost_no_gradient(frozen, shared):
     assert tensors[frozen].grad is None
     torch.testing.assert_close(tensors[1 - frozen].grad, expected[1 - frozen])
     needs = [place != frozen for place in range(2)]
-    output = torch.ops.leafkern.soft_label_loss(*op_arguments([x.detach() for x in tensors], 5, needs))
+    output = torch.ops.leafkern.soft_label_loss(*soft_label_arguments([x.detach() for x in tensors], 5, needs))
     assert [out.shape for out in output[1:]] == [x.shape if need else (0,) for x, need in zip(tensors, needs)]
 
 
@@ -366,7 +360,7 @@ def test_opcheck(dtype, needs, shared):
     tensors = batch(5, 4, shared=shared, dtype=dtype)
     for x, need in zip(tensors, needs):
         x.requires_grad_(need)
-    arguments = op_arguments(tensors, 9, needs, [24, 5], [1.0, 0.3])
+    arguments = soft_label_arguments(tensors, 9, needs, [24, 5], [1.0, 0.3])
     results = torch.library.opcheck(torch.ops.leafkern.soft_label_loss.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -413,6 +407,6 @@ def test_wrong_arguments(arguments, options, message):
 
 def test_the_op_says_when_a_wanted_gradient_was_not_asked_for():
     tensors = batch(3, 4, shared=True)
-    loss = autograd.soft_label_loss(*op_arguments(tensors, 3, (True, False)))[0]
+    loss = autograd.soft_label_loss(*soft_label_arguments(tensors, 3, (True, False)))[0]
     with pytest.raises(RuntimeError, match="soft_label_loss: called with needs=False"):
         loss.backward()

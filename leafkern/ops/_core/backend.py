@@ -21,7 +21,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "norm": ("triton", "reference"),
     "distill": ("reference",),
     "relative": ("native", "reference"),
-    "contrastive": ("triton", "reference"),
+    "contrastive": ("triton", "native", "reference"),
     "quantization": ("reference",),
     "retrieval": ("native", "reference"),
 }

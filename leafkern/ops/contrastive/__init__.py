@@ -97,8 +97,12 @@ def info_nce(
     queries, positives, negatives and mixed; an argument that needs no gradient costs none. A zero row has cosine 0 and
     gradient 0; NaN propagates; B = 0 gives 0.
     Value and gradient are computed together, for one block of queries at a time: the similarities of a block against
-    all columns are the only ones that exist (`reference.BLOCK_BYTES`), and no mask outlives its block. Half-precision
-    arguments, and positives with negatives, are copied.
+    all columns are the only ones that exist (`reference.BLOCK_BYTES`), and no mask outlives its block. On the CPU
+    nothing else is as large as an argument: half-precision ones are converted in pieces, and all widths cost the
+    products of one. Beyond arguments and gradients that is 21 MiB at B = 16,384, whatever D is (five widths: 37; from
+    bfloat16: 45). Gradients are held in at least float32 until the backward pass scales them into new tensors.
+    Backends: Triton; native (CPU); reference, which copies half-precision arguments, joins positives and negatives, and
+    forms their unit vectors.
     gather: "ranks" = the loss of the global batch on every rank: positives, negatives and ids of all ranks are columns
     of each, queries and mixed stay where they are. All ranks must give the same arguments (of any number of rows, also
     0) and run the backward pass if one does; not under torch.compile.
@@ -193,7 +197,8 @@ def soft_label_loss(
     or (B, N); -inf gives a candidate probability 0, but each row needs a finite score. Any float dtypes, one device.
     Returns a scalar in at least float32. Differentiable in queries and candidates, never in teacher_scores. A zero row
     has cosine 0 and gradient 0; NaN of queries or candidates propagates; B = 0 or no candidates gives 0.
-    Value and gradient are computed together, for one block of queries at a time (`reference.BLOCK_BYTES`).
+    Value and gradient are computed together, for one block of queries at a time (`reference.BLOCK_BYTES`). Backends and
+    memory as for `info_nce`.
     gather: "ranks" = the loss of the global batch on every rank. Own candidates stay where they are; shared candidates
     of all ranks, (N_r, D) each, are gathered in rank order, and teacher_scores must be (B_r, Σ N_r): this rank's
     queries against everyone's candidates. Ranks may hold different numbers of rows, also 0; all must call, and run
@@ -272,7 +277,7 @@ def mix_negatives(
     is asked. M = 0: no mixes at all. Returns (B, pairwise + listwise, D): unit rows in at least float32 (mixes that
     cancel to 0 stay 0, with gradient 0), for `info_nce`'s `mixed`. Differentiable in negatives. NaN propagates.
     generator: draws on its own device; None: torch's generator of the tensors' device. λ is drawn in float32 whatever
-    the dtype, so that a seed gives the same mixes in each.
+    the dtype, so that a seed gives the same mixes in each. In PyTorch, whatever backend is forced.
     Raises InputError for shapes, dtypes, devices and numbers that don't fit.
     """
     check_floating("queries", queries, ndim=2)

@@ -5,18 +5,17 @@ import torch.nn.functional as F
 
 from leafkern.ops._core import launch
 from leafkern.ops._core.backend import choose
+from leafkern.ops._core.native import unavailable
 from leafkern.ops._core.normalize import common_dtype, normalize_rows, normalize_rows_backward
 from leafkern.ops._core.registration import register, register_loss
-from leafkern.ops.contrastive.reference import (
-    blocked_info_nce,
-    blocked_soft_label_loss,
-    empty_gradient,
-)
+from leafkern.ops.contrastive import native
+from leafkern.ops.contrastive.reference import blocked_info_nce, blocked_soft_label_loss, empty_gradient
 
 
 def _backend(*tensors):
     present = [x for x in tensors if x is not None]
-    return choose("contrastive", launch.candidates("contrastive", present[0].device, *(x.dtype for x in present)))
+    dtypes = [x.dtype for x in present]
+    return choose("contrastive", launch.candidates("contrastive", present[0].device, *dtypes, native=unavailable))
 
 
 def _loss_fake(differentiable, constants, needs):
@@ -26,11 +25,13 @@ def _loss_fake(differentiable, constants, needs):
 
 
 def _info_nce(queries, positives, negatives, mixed, *rest):
-    if _backend(queries, positives, negatives, mixed) == "triton":
+    backend = _backend(queries, positives, negatives, mixed)
+    if backend == "triton":
         from leafkern.ops.contrastive import kernels
 
         return kernels.info_nce(queries, positives, negatives, mixed, *rest)
-    return blocked_info_nce(queries, positives, negatives, mixed, *rest)
+    function = native.info_nce if backend == "native" else blocked_info_nce
+    return function(queries, positives, negatives, mixed, *rest)
 
 
 def _info_nce_fake(queries, positives, negatives, mixed, *rest):
@@ -48,11 +49,13 @@ info_nce = register_loss(
 
 
 def _soft_label_loss(queries, candidates, teacher_scores, *rest):
-    if _backend(queries, candidates, teacher_scores) == "triton":
+    backend = _backend(queries, candidates, teacher_scores)
+    if backend == "triton":
         from leafkern.ops.contrastive import kernels
 
         return kernels.soft_label_loss(queries, candidates, teacher_scores, *rest)
-    return blocked_soft_label_loss(queries, candidates, teacher_scores, *rest)
+    function = native.soft_label_loss if backend == "native" else blocked_soft_label_loss
+    return function(queries, candidates, teacher_scores, *rest)
 
 
 def _soft_label_loss_fake(queries, candidates, teacher_scores, *rest):

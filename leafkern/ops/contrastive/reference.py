@@ -10,8 +10,8 @@ import torch
 
 from leafkern.ops._core.normalize import brute_normalize, common_dtype, normalize_rows, normalize_rows_backward
 
-# Bytes of similarities (and of the row's own unit vectors) that one block of queries may take. Small blocks stay in a
-# CPU's cache; a GPU needs more work per launch.
+# Bytes of similarities (and of what else grows with the rows) that one block of queries may take, in native.py as well.
+# Small blocks stay in a CPU's cache; a GPU needs more work per launch.
 BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
