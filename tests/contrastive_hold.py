@@ -1,38 +1,28 @@
-"""Cases of the contrastive losses for their kernels: in Triton's interpreter and on a GPU."""
+"""The contrastive losses held to their definitions, in Triton's interpreter and on a GPU."""
 
 import math
 
 import torch
 from compare import relative
+from contrastive_cases import batch, soft_label_batch
 from tolerances import TOLERANCE
 
 from leafkern.ops import info_nce, soft_label_loss
 from leafkern.ops.contrastive.reference import brute_info_nce, brute_soft_label_loss
 
 
-def batch(rows, width=24, number=3, mixes=2, dtype=torch.float32, device="cpu"):
-    """Queries, positives near them, negatives, mixed; no negatives or no mixes for None."""
-    queries = torch.randn(rows, width)
-    positives = queries + torch.randn(rows, width)
-    shapes = [None if count is None else (rows, count, width) for count in (number, mixes)]
-    others = [None if shape is None else torch.randn(shape) for shape in shapes]
-    given = (queries, positives, *others)
-    return [None if x is None else x.to(device, dtype).requires_grad_() for x in given]
+def batch_on(device, rows, width=24, number=3, mixes=2, dtype=torch.float32):
+    """`batch`, on a device."""
+    given = batch(rows, width, number, mixes, torch.float32)
+    return [None if x is None else x.detach().to(device, dtype).requires_grad_() for x in given]
 
 
-def some_ids(rows, number, kinds=3, device="cpu"):
-    negatives = None if number is None else torch.randint(kinds, (rows, number), device=device)
-    return torch.randint(kinds, (rows,), device=device), negatives
-
-
-def labelled(rows, number, shared, width=24, dtype=torch.float32, device="cpu"):
-    """Queries, candidates and the teacher's scores, of which one per row is -inf where there are several."""
-    shape = (number, width) if shared else (rows, number, width)
-    queries, candidates, scores = torch.randn(rows, width), torch.randn(shape), torch.randn(rows, number)
+def labelled_on(device, rows, number, shared, width=24, dtype=torch.float32):
+    """`soft_label_batch` on a device; one score in each row is -inf where there are several."""
+    *student, scores = soft_label_batch(rows, number, shared=shared, width=width, dtype=torch.float32)
     if number > 1:
         scores[torch.arange(rows), torch.randint(number, (rows,))] = -torch.inf
-    student = [x.to(device, dtype).requires_grad_() for x in (queries, candidates)]
-    return *student, scores.to(device, dtype)
+    return *(x.detach().to(device, dtype).requires_grad_() for x in student), scores.to(device, dtype)
 
 
 def contrast(function, tensors, **options):

@@ -3,10 +3,13 @@
 Tests named `small` are also run under compute-sanitizer (bench/gpu.sh, stage "sanitizer").
 """
 
+from functools import partial
+
 import pytest
 import torch
 from compare import relative
-from contrastive_cases import batch, contrast, hold_contrast, hold_labels, labelled, some_ids
+from contrastive_cases import some_ids
+from contrastive_hold import batch_on, contrast, hold_contrast, hold_labels, labelled_on
 from tolerances import TF32, TOLERANCE
 
 from leafkern.ops import info_nce, soft_label_loss
@@ -15,6 +18,11 @@ from leafkern.ops.contrastive.reference import blocked_info_nce, blocked_soft_la
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("only_triton")]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+batch, labelled = partial(batch_on, "cuda"), partial(labelled_on, "cuda")
+
+
+def ids_on_gpu(rows, number, kinds):
+    return tuple(x.cuda() for x in some_ids(rows, number, kinds))
 
 
 def gradients_of(loss, tensors):
@@ -25,14 +33,14 @@ def gradients_of(loss, tensors):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 17, 130])
 def test_small_info_nce(dtype, rows, number, mixes):
-    hold_contrast(batch(rows, 48, number, mixes, dtype, "cuda"), temperature=0.1, gamma=0.5, detach_focal=False)
+    hold_contrast(batch(rows, 48, number, mixes, dtype), temperature=0.1, gamma=0.5, detach_focal=False)
 
 
 @pytest.mark.parametrize("dims", [[80], [80, 64, 16], [80, 33, 5], [48]])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_masks_and_widths(dtype, dims):
-    ids = some_ids(70, 2, kinds=90, device="cuda")
-    tensors = batch(70, 80, 2, 1, torch.float32, "cuda")
+    ids = ids_on_gpu(70, 2, 90)
+    tensors = batch(70, 80, 2, 1, torch.float32)
     if dtype != torch.float32:
         tensors = [x.detach().to(dtype).requires_grad_() for x in tensors]
     hold_contrast(tensors, temperature=0.1, dims=dims, ids=ids)
@@ -45,7 +53,7 @@ def test_small_masks_and_widths(dtype, dims):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "number"), [(1, 1), (17, 5), (130, 140)])
 def test_small_soft_labels(dtype, rows, number, shared):
-    hold_labels(*labelled(rows, number, shared, 48, dtype, "cuda"), dims=[48, 16], teacher_temperature=0.3)
+    hold_labels(*labelled(rows, number, shared, 48, dtype), dims=[48, 16], teacher_temperature=0.3)
 
 
 def hold_blocked(found, expected, dtype, tolerance=None):
@@ -57,7 +65,7 @@ def hold_blocked(found, expected, dtype, tolerance=None):
 @pytest.mark.parametrize("width", [384, 1024])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_large_batch(dtype, width):
-    tensors = [x.detach() for x in batch(4096, width, 1, 2, dtype, "cuda")]
+    tensors = [x.detach() for x in batch(4096, width, 1, 2, dtype)]
     rest = (None, None, 0, 0.05, 0.5, True, None, [width, width // 4], [1.0, 0.3], [True] * 4)
     found = torch.ops.leafkern.info_nce(*tensors, *rest)
     hold_blocked(found, blocked_info_nce(*(x.double() for x in tensors), *rest), dtype)
@@ -65,14 +73,14 @@ def test_a_large_batch(dtype, width):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_soft_labels_of_a_large_batch(dtype):
-    tensors = [x.detach() for x in labelled(2048, 5000, True, 384, dtype, "cuda")]
+    tensors = [x.detach() for x in labelled(2048, 5000, True, 384, dtype)]
     rest = (2048, 0.05, 0.1, [384], [1.0], [True] * 2)
     found = torch.ops.leafkern.soft_label_loss(*tensors, *rest)
     hold_blocked(found, blocked_soft_label_loss(*(x.double() for x in tensors), *rest), dtype)
 
 
 def test_tf32_where_torch_allows_it(monkeypatch):
-    tensors = [x.detach() for x in batch(300, 384, None, None, device="cuda")]
+    tensors = [x.detach() for x in batch(300, 384, None, None)]
     rest = (None, None, 0, 0.5, 0.0, True, None, [384], [1.0], [True, True, False, False])
     expected = blocked_info_nce(*(None if x is None else x.double() for x in tensors), *rest)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
@@ -82,7 +90,7 @@ def test_tf32_where_torch_allows_it(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [384, 4096])
 def test_memory_of_16k_queries(dtype, width):
-    tensors = batch(16384, width, None, None, dtype, "cuda")
+    tensors = batch(16384, width, None, None, dtype)
     needs = [True, True, False, False]
     rest = (None, None, None, None, 0, 0.01, 0.5, True, None, [width], [1.0], needs)
     given = [x.detach() for x in tensors[:2]]
@@ -109,7 +117,7 @@ def launched(call):
 def test_launches(monkeypatch):
     # What fills empty memory for `poisoned` is launched too.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    tensors = [x.detach() for x in batch(512, 384, 1, None, torch.bfloat16, "cuda")]
+    tensors = [x.detach() for x in batch(512, 384, 1, None, torch.bfloat16)]
     rest = (None, None, 0, 0.01, 0.5, True, None, [384], [1.0], [True, True, True, False])
 
     def call():
@@ -124,8 +132,8 @@ def test_launches(monkeypatch):
 
 
 def everything():
-    tensors, ids = batch(300, 384, 2, 3, torch.bfloat16, "cuda"), some_ids(300, 2, kinds=300, device="cuda")
-    queries, candidates, scores = labelled(300, 200, True, 384, torch.bfloat16, "cuda")
+    tensors, ids = batch(300, 384, 2, 3, torch.bfloat16), ids_on_gpu(300, 2, 300)
+    queries, candidates, scores = labelled(300, 200, True, 384, torch.bfloat16)
 
     def step():
         loss = contrast(info_nce, tensors, ids=ids, gamma=0.5, fn_margin=0.1, dims=[384, 128], temperature=0.05)
@@ -153,18 +161,18 @@ def test_the_same_bits_every_time():
 
 
 def test_opcheck():
-    tensors = [x.detach().requires_grad_() for x in batch(20, 48, 2, 1, torch.bfloat16, "cuda")]
+    tensors = [x.detach().requires_grad_() for x in batch(20, 48, 2, 1, torch.bfloat16)]
     rest = (None, None, 0, 0.1, 0.5, True, 0.1, [48, 16], [1.0, 0.3], [True] * 4)
     found = torch.library.opcheck(torch.ops.leafkern.info_nce.default, (*tensors, *rest))
     assert set(found.values()) == {"SUCCESS"}
-    tensors = labelled(20, 6, True, 48, torch.bfloat16, "cuda")
+    tensors = labelled(20, 6, True, 48, torch.bfloat16)
     rest = (20, 0.1, 0.2, [48], [1.0], [True] * 2)
     found = torch.library.opcheck(torch.ops.leafkern.soft_label_loss.default, (*tensors, *rest))
     assert set(found.values()) == {"SUCCESS"}
 
 
 def test_compiled_equals_eager():
-    tensors = batch(100, 384, 2, 1, torch.bfloat16, "cuda")
+    tensors = batch(100, 384, 2, 1, torch.bfloat16)
     compiled = torch.compile(
         lambda *t: contrast(info_nce, t, dims=[384, 64], gamma=0.5), fullgraph=True, backend="aot_eager"
     )
@@ -188,6 +196,6 @@ def test_rows_beyond_two_to_the_31_entries():
 
 def test_float64_falls_back(monkeypatch):
     monkeypatch.delenv("LEAFKERN_BACKEND")
-    tensors = batch(9, dtype=torch.float64, device="cuda")
+    tensors = batch(9, dtype=torch.float64)
     expected = blocked_info_nce(*tensors, None, None, 0, 0.1, 0.0, True, None, [24], [1.0], [False] * 4)[0]
     assert torch.equal(contrast(info_nce, tensors, temperature=0.1), expected)

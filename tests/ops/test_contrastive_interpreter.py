@@ -1,11 +1,13 @@
 """The Triton kernels of the contrastive losses in Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpreter."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from compare import LargestTensor, relative
-from contrastive_cases import batch, contrast, hold_contrast, hold_labels, labelled, some_ids
+from contrastive_cases import some_ids
+from contrastive_hold import batch_on, contrast, hold_contrast, hold_labels, labelled_on
 from tolerances import TOLERANCE
 
 pytest.importorskip("triton")
@@ -17,6 +19,7 @@ from leafkern.ops.contrastive.reference import blocked_info_nce
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("only_triton")]
 
 DTYPES = [torch.float32, torch.float16]
+batch, labelled = partial(batch_on, "cpu"), partial(labelled_on, "cpu")
 KERNELS = ("prefix_kernel", "teacher_kernel", "score_kernel", "row_kernel", "weight_kernel", "finish_kernel")
 
 
