@@ -49,15 +49,17 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK_BYTES", 1)
 
 
-@pytest.mark.parametrize(("number", "mixes"), [(None, None), (0, None), (3, 2), (None, 2)])
+@pytest.mark.parametrize(("number", "mixes"), [(None, None), (0, 2), (3, 2)])
 @pytest.mark.parametrize("rows", [1, 2, 17])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_definition(dtype, rows, number, mixes):
     hold_contrast(batch(rows, number=number, mixes=mixes, dtype=dtype), temperature=0.1)
 
 
-@pytest.mark.parametrize("masks", ["none", "ids", "margin", "both"])
-@pytest.mark.parametrize(("gamma", "detach_focal"), [(0.0, True), (0.5, True), (0.5, False), (2.0, False)])
+@pytest.mark.parametrize(
+    ("gamma", "detach_focal", "masks"),
+    [(0.0, True, "ids"), (0.0, True, "margin"), (0.5, True, "none"), (0.5, False, "both"), (2.0, False, "none")],
+)
 def test_focal_weight_and_masks(gamma, detach_focal, masks):
     options = {"temperature": 0.1, "gamma": gamma, "detach_focal": detach_focal}
     if masks in ("ids", "both"):
@@ -105,7 +107,7 @@ def test_query_without_other_columns_has_loss_0(gamma):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
-@pytest.mark.parametrize("gap", [-16.0, -4.0, 4.0, 16.0, 64.0])
+@pytest.mark.parametrize("gap", [-16.0, 4.0, 64.0])
 def test_where_p_is_nearly_0_or_1(gap, gamma):
     # One query whose columns have exact cosines, 0 and 1.
     first, second = torch.eye(4)[:2]
@@ -300,8 +302,7 @@ def test_launches_by_size(launches, small_chunks):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16384, 16384), (128, 131072), (200_000, 100), (1, 1), (16384, 131072)])
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("widths", [1, 3, 7])
+@pytest.mark.parametrize(("size", "widths"), [(2, 1), (2, 7), (4, 3)])
 def test_chunks_are_whole_tiles_within_their_bytes(rows, columns, size, widths):
     tile = kernels.configure(size, "ieee", tuple(range(0, 64 * widths + 1, 64)), False, False)
     high, wide = kernels.chunk(rows, columns, widths, size, tile)

@@ -139,31 +139,20 @@ def _segment(total, a, b, k, BOUNDS: tl.constexpr, ALIGN: tl.constexpr, DEPTH: t
 
 
 @triton.jit
-def _ids(ids, place):
-    if ids is None:
-        return None
-    else:
-        return tl.load(ids + place)
-
-
-@triton.jit
-def _limit(positive, q_inverse, margin, place):
-    # A cosine above this is hidden. That of the own positive is the product that every column's is.
-    if margin is None:
-        return None
-    else:
-        return tl.load(positive + place) * q_inverse - margin
-
-
-@triton.jit
-def _scores(total, inverse, limit, q_inverse, row, column, q_id, c_id, first_own, columns, ROWS: tl.constexpr,
-            COLUMNS: tl.constexpr):  # fmt: skip
+def _scores(
+    total, inverse, q_inverse, positive, q_ids, x_ids, i_row, near, place, row, column, columns, start, first_own,
+    margin, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     # The scores of the tile at (row, column); hidden where a column is beyond the last, masked, or the row's own.
     z = total * inverse[None, :]
-    if limit is not None:
+    if margin is not None:
+        # The positive's score is the product that every column's is.
+        limit = tl.load(positive + place) * q_inverse - margin
         z = tl.where(z * q_inverse[:, None] > limit[:, None], _HIDDEN, z)
-    if q_id is not None:
-        z = tl.where(q_id[:, None] == c_id[None, :], _HIDDEN, z)
+    if q_ids is not None:
+        q_id = tl.load(q_ids + start + i_row)
+        x_id = tl.load(x_ids + near)
+        z = tl.where(q_id[:, None] == x_id[None, :], _HIDDEN, z)
     # Few tiles have such columns.
     edge = column + COLUMNS > columns
     if first_own is not None:
@@ -218,7 +207,6 @@ def score_kernel(
             z = tl.sum(tl.where(own, total * inverse[None, :], 0.0), 1)
             tl.store(positive + k * wide + place, z, mask=live)
     else:
-        q_id = _ids(q_ids, start + i_row)
         FIELDS: tl.constexpr = 3 if teacher is None else 4
         step = WIDTHS * wide
         first = i_part.to(tl.int32) * tiles
@@ -227,7 +215,6 @@ def score_kernel(
             i_column = i_tile * COLUMNS + tl.arange(0, COLUMNS)
             near = tl.minimum(i_column, columns - 1)
             o_x = x + near.to(tl.int64)[:, None] * x_stride
-            c_id = _ids(x_ids, near)
             total = tl.zeros([ROWS, COLUMNS], tl.float32)
             for k in range(0, WIDTHS):
                 o_partial = partial + ((first_part + i_part) * FIELDS * WIDTHS + k) * wide + place
@@ -239,10 +226,11 @@ def score_kernel(
                     taught = tl.load(o_partial + 3 * step, mask=m_partial, other=0.0)
                 inverse = tl.load(x_inverse + k * columns.to(tl.int64) + near)
                 b_inverse = tl.load(q_inverse + k * wide + i_row)
-                limit = _limit(positive, b_inverse, margin, k * wide + i_row)
                 total = _segment(total, o_q, o_x, k, BOUNDS, ALIGN, DEPTH, PRECISION)
-                z = _scores(total, inverse, limit, b_inverse, i_block * ROWS, i_tile * COLUMNS, q_id, c_id, first_own,
-                            columns, ROWS, COLUMNS)  # fmt: skip
+                z = _scores(
+                    total, inverse, b_inverse, positive, q_ids, x_ids, i_row, near, k * wide + i_row, i_block * ROWS,
+                    i_tile * COLUMNS, columns, start, first_own, margin, ROWS, COLUMNS,
+                )  # fmt: skip
                 c = tl.maximum(b_inverse * scale, _LEAST_SCALE)
                 top = tl.maximum(before, tl.max(z, 1))
                 shift = tl.where(top == _HIDDEN, 0.0, top)
@@ -418,8 +406,6 @@ def weight_kernel(
     near = tl.minimum(i_column, columns - 1)
     o_q = queries + i_row.to(tl.int64)[:, None] * q_stride
     o_x = x + near.to(tl.int64)[:, None] * x_stride
-    q_id = _ids(q_ids, start + i_row)
-    c_id = _ids(x_ids, near)
     down = i_down * ROWS + tl.arange(0, ROWS)
     right = i_across * COLUMNS + tl.arange(0, COLUMNS)
     o_weights = weights + down[:, None] * slab_columns + right[None, :]
@@ -427,14 +413,16 @@ def weight_kernel(
     for k in range(0, WIDTHS):
         inverse = tl.load(x_inverse + k * columns.to(tl.int64) + near)
         b_inverse = tl.load(q_inverse + k * wide + i_row)
-        limit = _limit(positive, b_inverse, margin, k * wide + i_row)
         o_state = state + k * wide + i_row
         step = WIDTHS * wide
         top = tl.load(o_state + _TOP * step)
         # Rows beyond the last add nothing.
         factor = tl.load(o_state + _FACTOR * step, mask=place < rows, other=0.0)
         total = _segment(total, o_q, o_x, k, BOUNDS, ALIGN, DEPTH, PRECISION)
-        z = _scores(total, inverse, limit, b_inverse, row, column, q_id, c_id, first_own, columns, ROWS, COLUMNS)
+        z = _scores(
+            total, inverse, b_inverse, positive, q_ids, x_ids, i_row, near, k * wide + i_row, row, column, columns,
+            start, first_own, margin, ROWS, COLUMNS,
+        )  # fmt: skip
         c = tl.maximum(b_inverse * scale, _LEAST_SCALE)
         w = tl.exp2((z - top[:, None]) * c[:, None]) * factor[:, None]
         if teacher is not None:
