@@ -172,6 +172,7 @@ PYBIND11_MODULE(_C, module) {
         relative(kernels, a, reinterpret_cast<unsigned char*>(workspace));
     });
 
+    module.attr("GROUP_ROWS") = kGroup;
     module.def("contrastive_rows", [](bool is_double, bool gradient, int threads, int64_t rows, uintptr_t inverse,
                                       const std::vector<PartTuple>& parts, double temperature, double share,
                                       uintptr_t losses, uintptr_t sums, int64_t widths, int64_t width_stride,

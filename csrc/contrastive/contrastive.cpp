@@ -8,7 +8,7 @@
 namespace leafkern {
 namespace {
 
-constexpr int64_t kThreadNumbers = 1 << 14;  // below as many, a thread is not worth waking
+constexpr int64_t kThreadNumbers = 1 << 17;  // below as many, a thread is not worth waking
 constexpr int64_t kStripe = 1024;            // columns of one task
 
 // body(begin, end) for tasks of `step` of `count`, each number of which stands for `cost` numbers read.

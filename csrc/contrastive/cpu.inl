@@ -96,9 +96,9 @@ template <typename T>
 struct alignas(64) Tile {
     T at[kTile];
 
-    // Fills up to whole vectors, with what neither a maximum nor a sum of exponentials sees; returns the new count.
-    int64_t pad(int64_t count) {
-        for (; count % kLanes<T> != 0; ++count) at[count] = -static_cast<T>(INFINITY);
+    // Fills up to whole vectors; returns the new count.
+    int64_t pad(int64_t count, T filling) {
+        for (; count % kLanes<T> != 0; ++count) at[count] = filling;
         return count;
     }
 };
@@ -127,7 +127,6 @@ struct Maximum {
     }
 };
 
-// Of `padded` numbers; what was padded must be 0.
 template <typename T>
 double sum_of(const Tile<T>& tile, int64_t padded) {
     T lanes[kLanes<T>] = {};
@@ -141,7 +140,7 @@ double sum_of(const Tile<T>& tile, int64_t padded) {
 // tile = exp((tile - top) * scale); returns the sum.
 template <typename T>
 double exponentials(Tile<T>& tile, T top, T scale, int64_t count) {
-    const int64_t padded = tile.pad(count);
+    const int64_t padded = tile.pad(count, -static_cast<T>(INFINITY));
     for (int64_t j = 0; j < padded; ++j) tile.at[j] = exponential((tile.at[j] - top) * scale);
     return sum_of(tile, padded);
 }
@@ -170,9 +169,7 @@ struct RowPart {
         for (int64_t j = 0; j < n; ++j) product.at[j] = weight.at[j] * raw[at + j];
         if (partial)
             for (int64_t j = 0; j < n; ++j) partial[at + j] += product.at[j];
-        int64_t padded = n;
-        for (; padded % kLanes<T> != 0; ++padded) product.at[padded] = 0;
-        return sum_of(product, padded);
+        return sum_of(product, product.pad(n, 0));
     }
 };
 
@@ -302,9 +299,7 @@ void soft_label_row(const ContrastiveRows& a, int64_t row) {
                 tile.at[j] = exponential(tile.at[j]) - probability;
             }
             for (int64_t j = 0; j < n; ++j) tile.at[j] *= factor * part.inverse[at + j];
-            int64_t padded = n;
-            for (; padded % kLanes<T> != 0; ++padded) terms.at[padded] = 0;
-            loss += sum_of(terms, padded);
+            loss += sum_of(terms, terms.pad(n, 0));
             if (!a.gradient) return;
             if (a.sums) sum += part.add(tile, at, n);
             std::memcpy(part.weights + at, tile.at, n * sizeof(T));

@@ -4,7 +4,9 @@ For a block of queries, raw products with all columns lie in one buffer; a pass 
 inverse norms of both sides, and these into the loss and into weights, its derivative by the raw products; the weights'
 products with the rows themselves are the gradients, but for what the norms project out. No unit vectors are formed and
 no columns joined. Raw products of prefixes are partial sums of those of whole rows, and weights of prefixes add up:
-all widths cost one product each way, 2·B·N·D operations forward and 4·B·N·D backward for N columns.
+all widths cost one product each way, 2·B·N·D operations forward and 4·B·N·D backward for N columns. A block of R
+queries reads the columns twice and their gradients once, which it writes: 16·N·D bytes in float32 for 6·R·N·D
+operations.
 
 Of the similarities a block is stored, K times for K widths, within `reference.BLOCK_BYTES`: MKL's products of a block
 take less time than computing it again. Beside inputs and gradients that block is all but the whole of the memory. What
@@ -22,7 +24,6 @@ from leafkern.ops.contrastive.reference import BLOCK_BYTES, empty_gradient
 
 PIECE_BYTES = 4 << 20
 MOST_ROWS = 256  # of a block: beyond, products gain nothing, and the block leaves the cache
-_GROUP = 8  # rows whose sums by column are formed apart: kGroup in csrc/contrastive
 
 
 def _adjacent(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -40,8 +41,10 @@ class _Columns:
         self.gradient = gradient.view(-1, x.shape[-1]) if gradient.ndim > 1 else None
         self.rows = max(min(PIECE_BYTES, BLOCK_BYTES["cpu"]) // max(x[:1].numel() * dtype.itemsize, 1), 1)
         self.flat = None
-        whole = x.dtype == dtype and (x.ndim == 2 or x.is_contiguous()) and x.stride(-1) == 1
-        if (whole and x.stride(-2) >= x.shape[-1]) or x.shape[0] <= self.rows:
+        adjacent = x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1] and (x.ndim == 2 or x.is_contiguous())
+        if x.dtype == dtype and adjacent:
+            self.flat = x.view(-1, x.shape[-1])
+        elif x.shape[0] <= self.rows:
             self.flat = self._piece(x)
 
     def _piece(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,7 +119,7 @@ def _loss(
     for part in parts:
         for place, piece in part.pieces(slice(dims[0])):
             module.inverse_norms(matrix(piece, inverse, total, part.first + place), dims)
-    groups = -(-size // _GROUP)
+    groups = -(-size // module.GROUP_ROWS)
     z, losses = empty(widths, size, total), empty(size, dtype=torch.float64)
     partial = sums = None
     if widths > 1:
