@@ -71,10 +71,7 @@ def test_what_attention_launches_is_what_is_listed(launches):
     out, lse = kernels.varlen_attention(q, k, k, bounds, 512, 0.1, -1, 0)
     kernels.varlen_attention_backward(out, q, k, k, out, lse, bounds, 512, 0.1, -1, 0)
     assert len(launches) == 12
-    items = [item for item in cubin.shipped() if item.operation == "attention"]
-    listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in items]
-    for kernel in launches:
-        assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed
+    hold_listed(launches, "attention")
 
 
 @triton.jit
@@ -182,6 +179,13 @@ def asked(source, warps, maxnreg):
     return source.fn, source.signature, aligned, source.constants, warps, maxnreg
 
 
+def hold_listed(launches, operation):
+    items = [item for item in cubin.shipped() if item.operation == operation]
+    listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in items]
+    for kernel in launches:
+        assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed, kernel.name
+
+
 def test_what_pooling_launches_is_what_is_listed(launches):
     from leafkern.ops.pooling import kernels
 
@@ -192,9 +196,7 @@ def test_what_pooling_launches_is_what_is_listed(launches):
         kernels.norm_mean_pool(x, residual, weight, bias, cu_seqlens, 1e-5, layer)
         kernels.norm_mean_pool_backward(torch.randn(2, 384), x, residual, weight, cu_seqlens, 1e-5, layer)
     assert len(launches) == 7
-    listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in cubin.shipped()]
-    for kernel in launches:
-        assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed
+    hold_listed(launches, "pooling")
 
 
 def test_what_norm_launches_is_what_is_listed(launches):
@@ -221,10 +223,7 @@ def test_what_norm_launches_is_what_is_listed(launches):
     kernels.embed_norm_backward(out, statistics, rows, *tables, weight)
     # Each backward pass but that of rotary joins its parts.
     assert len(launches) == 17
-    items = [item for item in cubin.shipped() if item.operation == "norm"]
-    listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in items]
-    for kernel in launches:
-        assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed
+    hold_listed(launches, "norm")
 
 
 def test_what_relative_launches_is_what_is_listed(launches, monkeypatch):
@@ -240,10 +239,7 @@ def test_what_relative_launches_is_what_is_listed(launches, monkeypatch):
     monkeypatch.setattr(kernels, "BRUTE_WORK", 0)
     kernels.relative_scores(torch.rand(1, 512, 512), torch.rand(512, 512), 0.015, False, 0.0, True)
     assert len(launches) == 16 + 4 + 1 + 2 * 3
-    items = [item for item in cubin.shipped() if item.operation == "relative"]
-    listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in items]
-    for kernel in launches:
-        assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed
+    hold_listed(launches, "relative")
 
 
 def test_what_distill_launches_is_what_is_listed(launches, monkeypatch):
@@ -265,10 +261,28 @@ def test_what_distill_launches_is_what_is_listed(launches, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 4 * (len(kernels.DIMS) + 1) * 256 * 128)
     kernels.similarity_loss(student, None, targets, 0, kernels.DIMS, [True])
     assert len(launches) == 3 * (5 + 3 + 5 + 2) + 7
-    items = [item for item in cubin.shipped() if item.operation == "distill"]
-    listed = [asked(cubin.source(i), i.options["num_warps"], i.options.get("maxnreg")) for i in items]
-    for kernel in launches:
-        assert asked(kernel.src, kernel.metadata.num_warps, kernel.metadata.maxnreg) in listed
+    hold_listed(launches, "distill")
+
+
+def test_what_contrastive_launches_is_what_is_listed(launches):
+    from leafkern.ops.contrastive import kernels
+
+    queries, positives = torch.randn(2, 96, 384).bfloat16()
+    negatives, mixed = torch.randn(96, 3, 384).bfloat16(), torch.randn(96, 4, 384).bfloat16()
+    needs = [True] * 4
+    # Norms of three tensors, positives, scores, rows; weights of one chunk and their finish; the queries' finish.
+    kernels.info_nce(
+        queries, positives, negatives, None, None, None, 0, 0.01, 0.5, True, None, [384], [1.0], [True] * 3 + [False]
+    )
+    assert len(launches) == 3 + 1 + 2 + 1 + 2 * 2 + 1
+    launches.clear()
+    kernels.info_nce(queries, positives, None, mixed, None, None, 0, 0.01, 0.0, True, None, [384], [1.0], needs)
+    assert len(launches) == 3 + 1 + 1 + 1 + 2 + 2 + 1
+    ids, scores = torch.arange(96), torch.randn(96, 96)
+    kernels.info_nce(queries, positives, None, None, ids, None, 0, 0.01, 0.0, True, 0.1, [384], [1.0], needs)
+    kernels.soft_label_loss(queries, positives, scores, 96, 0.05, 0.05, [384], [1.0], [True, True])
+    kernels.soft_label_loss(queries, mixed, scores[:, :4], 96, 0.05, 0.05, [384], [1.0], [True, True])
+    hold_listed(launches, "contrastive")
 
 
 def test_the_table_and_its_exit_status(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,68 @@
+"""The contrastive losses held to their definitions, in Triton's interpreter and on a GPU."""
+
+import math
+
+import torch
+from compare import relative
+from contrastive_cases import batch, soft_label_batch
+from tolerances import TOLERANCE
+
+from leafkern.ops import info_nce, soft_label_loss
+from leafkern.ops.contrastive.reference import brute_info_nce, brute_soft_label_loss
+
+
+def batch_on(device, rows, width=24, number=3, mixes=2, dtype=torch.float32):
+    """`batch`, on a device."""
+    given = batch(rows, width, number, mixes, torch.float32)
+    return [None if x is None else x.detach().to(device, dtype).requires_grad_() for x in given]
+
+
+def labelled_on(device, rows, number, shared, width=24, dtype=torch.float32):
+    """`soft_label_batch` on a device; one score in each row is -inf where there are several."""
+    *student, scores = soft_label_batch(rows, number, shared=shared, width=width, dtype=torch.float32)
+    if number > 1:
+        scores[torch.arange(rows), torch.randint(number, (rows,))] = -torch.inf
+    return *(x.detach().to(device, dtype).requires_grad_() for x in student), scores.to(device, dtype)
+
+
+def contrast(function, tensors, **options):
+    queries, positives, negatives, mixed = tensors
+    return function(queries, positives, negatives, mixed=mixed, **options)
+
+
+def _exactly(x):
+    return None if x is None else x.detach().double().cpu().requires_grad_(x.requires_grad)
+
+
+def hold(found, expected, tensors, exact):
+    """Loss and gradients within tolerance of the definition's."""
+    dtype = tensors[0].dtype
+    assert found.dtype == torch.float32
+    assert found.shape == ()
+    assert relative(found.detach(), expected.detach()) <= TOLERANCE[dtype]
+    pairs = [(x, y) for x, y in zip(tensors, exact, strict=True) if x is not None and x.requires_grad]
+    if not pairs:
+        return
+    right = torch.autograd.grad(expected, [y for _, y in pairs])
+    # A loss scale, as half precision is trained with: float16 holds nothing below 6e-8.
+    largest = max([grad.abs().max().item() for grad in right if grad.numel()], default=0.0)
+    scale = 2.0 ** -round(math.log2(largest)) if largest > 0 else 1.0
+    mine = torch.autograd.grad(found * scale, [x for x, _ in pairs])
+    for (x, _), grad, exact_grad in zip(pairs, mine, right, strict=True):
+        assert grad.dtype == x.dtype
+        assert grad.shape == x.shape
+        assert relative(grad, exact_grad * scale) <= TOLERANCE[dtype]
+
+
+def hold_contrast(tensors, **options):
+    exact = [_exactly(x) for x in tensors]
+    ids = options.get("ids")
+    right = options if ids is None else options | {"ids": [None if x is None else x.cpu() for x in ids]}
+    hold(contrast(info_nce, tensors, **options), contrast(brute_info_nce, exact, **right), tensors, exact)
+
+
+def hold_labels(queries, candidates, scores, **options):
+    exact = [_exactly(x) for x in (queries, candidates)]
+    found = soft_label_loss(queries, candidates, scores, **options)
+    expected = brute_soft_label_loss(*exact, scores.double().cpu(), **options)
+    hold(found, expected, (queries, candidates), exact)
