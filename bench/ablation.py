@@ -4,7 +4,7 @@ A student of two layers learns from all-MiniLM-L6-v2 by cosine, by cosine and si
 with prefix heads (one Dense, whose first numbers are the narrow vector) and with independent heads (one Dense for each
 width). Figures on SciFact and STS-B go to bench/results/ablation/: ablation.json, report.md and picture.html.
 
-    LEAFKERN_DATA=FOLDER OMP_NUM_THREADS=1 python -m bench.ablation [--seconds 150] [--seeds 3] [--help]
+    LEAFKERN_DATA=FOLDER OMP_NUM_THREADS=1 python -m bench.ablation [--seconds 120] [--seeds 3] [--help]
 
 Equal time is the process's CPU time on one thread, and the arms of a seed take their steps in turns, always the one
 that has used the least: whatever else the machine does then meets all of them alike. What was finished is skipped when
@@ -52,11 +52,9 @@ from .machine import commit, machine, results_folder, versions
 MARGIN = 0.015
 PRECISIONS = ("float32", "int8")
 HEAD_ROWS, RIDGE = 8192, 0.03  # of the regression that gives every student its first head, as train.recipe has them
-WARM_UP, FINAL = (
-    0.05,
-    0.1,
-)  # share of the time until the full rate is reached; share of the rate that is left at the end
-PILOT_ARMS = (0, 3)
+# The rate rises over this share of the time and then falls to this share of itself.
+WARM_UP, FINAL = 0.05, 0.1
+PILOT_ARMS, PILOT_SEED = (0, 3), 1000
 
 
 class Arm(NamedTuple):
@@ -208,10 +206,8 @@ def pilot(student: Student, data: Data, config: dict) -> dict:
     if len(config["rates"]) == 1:
         return {"rate": config["rates"][0], "rows": []}
     trainings = [
-        Training(
-            student.copy(ARMS[i].heads, config["dims"]), ARMS[i], data, config, rate, config["pilot_seconds"], 1000
-        )
-        for rate, i in itertools.product(config["rates"], PILOT_ARMS)
+        Training(student.copy(arm.heads, config["dims"]), arm, data, config, rate, config["pilot_seconds"], PILOT_SEED)
+        for rate, arm in itertools.product(config["rates"], [ARMS[number] for number in PILOT_ARMS])
     ]
     train(trainings)
     rows = []
@@ -328,6 +324,13 @@ def run(config: dict, model: Path, folder: Path, work: Path, output: Path, comma
     make_folder(work)
     path = output / "ablation.json"
     document = opened(path, config, command)
+    if len(document["runs"]) < len(ARMS) * config["seeds"]:
+        measure(document, config, model, folder, work, path)
+    write_report(document, output)
+
+
+def measure(document: dict, config: dict, model: Path, folder: Path, work: Path, path: Path) -> None:
+    """Everything that `document` lacks; it is written to `path` after every run."""
     tasks = [
         load_beir(found_in(folder, "scifact"))._replace(name="SciFact"),
         load_sts(found_in(folder, "stsb/test.tsv.gz"))._replace(name="STS-B"),
@@ -364,7 +367,6 @@ def run(config: dict, model: Path, folder: Path, work: Path, output: Path, comma
             document["summary"] = summary(document)
             write_json(path, document)
             say(f"ablation: seed {seed}: {arm.name}: {' '.join(f'{value_of(row):.4f}' for row in rows)}")
-    write_report(document, output)
 
 
 # What it shows
@@ -412,8 +414,8 @@ def shown(numbers: Sequence[float]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    whole = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in whole)
 
 
 def figures_table(document: dict, task: str) -> str:
@@ -475,9 +477,8 @@ def findings(document: dict) -> list[str]:
         plain, coded = (values(runs_of(document, arm), task, dim, precision) for precision in PRECISIONS)
         lost.append((statistics.fmean(b - a for a, b in zip(plain, coded)), f"{arm.name}, {task} at {dim}"))
     low, high = min(lost), max(lost)
-    found.append(
-        f"int8 for float32: between {low[0]:+.4f} ({low[1]}) and {high[0]:+.4f} ({high[1]}), means over seeds."
-    )
+    extremes = " and ".join(f"{change:+.4f} ({where})" for change, where in (low, high))
+    found.append(f"int8 for float32: between {extremes}, means over seeds.")
     return found
 
 
@@ -509,24 +510,25 @@ def write_report(document: dict, output: Path) -> None:
 Written by `bench/ablation.py`; figures of every run, machine and versions: `ablation.json`; drawn: `picture.html`.
 
 **Set-up.** Teacher: {config["teacher"]}. Student: its layers {", ".join(map(str, config["layers"]))} under a head
-without bias that is first regressed on the teacher's vectors; every arm begins from this same student (a narrow
-independent head as a copy of the first {narrow} rows of the wide one), and every arm of a seed sees the same texts in
-the same order. The seed decides that order and nothing else. Weights 10 / 200 / 20 (cosine / similarity / resim),
-margin {MARGIN}, similarity and resim as means over both widths, batch {config["batch"]}, AdamW, everything trained.
-{config["texts"]:,} texts of the distillation corpus, cut at {config["train_length"]} tokens; no run saw more than
-{most:,} of them. The learning rate ({chosen["rate"]:g}, of {tried}) is that of the least held-out loss in a pilot of
-{config["pilot_seconds"]:g} s for the first and the fourth arm; no test data had a part in it. It rises over the first
-{WARM_UP:.0%} of the time and falls linearly to {FINAL:.0%}.
+without bias, first regressed on the teacher's vectors. Every arm begins from this same student (a narrow independent
+head as a copy of the first {narrow} rows of the wide one), and the arms of a seed see the same texts in the same
+order. The seed decides that order and nothing else. Weights 10 / 200 / 20 (cosine / similarity / resim), margin
+{MARGIN}, similarity and resim as means over both widths, batch {config["batch"]}, AdamW, everything trained.
+{config["texts"]:,} texts of the distillation corpus, cut at {config["train_length"]} tokens; no run took more than
+{most:,}. The learning rate ({chosen["rate"]:g}, of {tried}) is that of the least held-out loss in a
+pilot of {config["pilot_seconds"]:g} s with the first and the fourth arm; no test data had a part in it. It rises over
+the first {WARM_UP:.0%} of the time and falls linearly to {FINAL:.0%}.
 
 **Equal time.** The clock is the CPU time of the process with one thread: on an idle core that is wall time.
-{config["seconds"]:g} s for each run ({min(times):.1f} to {max(times):.1f} s, for the last step is finished). The arms of
-a seed take their steps in turns, always the one that has used the least, so that other work on the machine favours
+{config["seconds"]:g} s for each run ({min(times):.1f} to {max(times):.1f} s, for the last step is finished). The arms
+of a seed take their steps in turns, always the one that has used the least, so that other work on the machine favours
 none. The steps are those that this time bought.
 
-**Evaluation.** Texts cut at {config["eval_length"]} tokens, all precisions and widths from the same vectors; int8 codes of
-documents and of second sentences. Mean ± standard deviation over {config["seeds"]} seeds. "prefix": width {narrow} is the
-first {narrow} numbers; "independent": a head of its own. Cosine alone trains no narrow head, so with independent heads
-it is the first arm at {wide} and nothing at {narrow}. The teacher at {narrow} is cut to its first {narrow} numbers.
+**Evaluation.** Texts cut at {config["eval_length"]} tokens, all precisions and widths from the same vectors; int8
+codes of documents and of second sentences. Mean ± standard deviation over {config["seeds"]} seeds. "prefix": width
+{narrow} is the first {narrow} numbers; "independent": a head of its own. Cosine alone trains no narrow head, so with
+independent heads it is the first arm at {wide} and nothing at {narrow}. The teacher at {narrow} is cut to its first
+{narrow} numbers.
 
 ## SciFact, nDCG@10
 
@@ -538,9 +540,9 @@ it is the first arm at {wide} and nothing at {narrow}. The teacher at {narrow} i
 
 ## Differences
 
-Mean difference seed by seed. "above", "below": every seed of the one lies above (below) every seed of the other, which
-for three and three happens by chance in one case of ten, and there are {len(COMPARISONS) * 2 * len(config["dims"])} cells
-here; "inside": they overlap.
+Mean difference seed by seed. "above", "below": every seed of the one lies above (below) every seed of the other,
+which for three and three happens by chance in one case of ten, and there are
+{len(COMPARISONS) * 2 * len(config["dims"])} cells here; "inside": they overlap.
 
 {comparison_table(document)}
 
@@ -550,8 +552,8 @@ here; "inside": they overlap.
 
 {held_out_table(document)}
 
-{document["date"]}, {run_machine["cpu"]}, one thread. One student, one teacher, {config["seconds"]:g} s: nothing here says
-what longer training, a larger batch or several teachers would show.
+{document["date"]}, {run_machine["cpu"]}, one thread. One student, one teacher, {config["seconds"]:g} s: nothing here
+says what longer training, a larger batch or several teachers would show.
 """
     with atomic_file(output / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -565,9 +567,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, help="folder of the teacher; else all-MiniLM-L6-v2 of its package")
     parser.add_argument("--output", type=Path, help="where the figures go; else bench/results/ablation")
     parser.add_argument("--work", type=Path, default=Path("build/ablation"), help="teacher's vectors, trained students")
-    parser.add_argument("--seconds", type=float, default=150.0, help="CPU seconds of training for each arm and seed")
+    parser.add_argument("--seconds", type=float, default=120.0, help="CPU seconds of training for each arm and seed")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--texts", type=int, default=28_000, help="to learn from")
+    parser.add_argument("--texts", type=int, default=20_000, help="to learn from")
     parser.add_argument("--held-out", type=int, default=1024, help="texts for the pilot and the terms")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 5], help="of the teacher, from 0")
