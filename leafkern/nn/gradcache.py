@@ -77,7 +77,8 @@ def cached_backward(
             leaves.append(torch.cat(parts).requires_grad_())
             sizes.append([len(part) for part in parts])
             del parts
-    # Autocast keeps the weights that it cast: these have no graph, and the second pass would use them.
+    # Where autocast is around this call, some versions of torch would give the second pass weights that it cast without
+    # a graph (pytorch/pytorch#158232).
     torch.clear_autocast_cache()
     with torch.enable_grad():
         value = loss(*leaves)
