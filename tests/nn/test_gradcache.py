@@ -66,23 +66,26 @@ def test_distillation_adds_to_the_gradients_that_are_there():
     torch.testing.assert_close(gradients(model), gradients(exact), rtol=1e-11, atol=1e-14)
 
 
-def test_random_numbers_are_those_of_one_pass():
-    own = torch.Generator()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_random_numbers_are_those_of_one_pass(device):
+    own = torch.Generator(device)
+    towers = [x.to(device).split(4) for x in three_towers()]
 
-    def encode(model, x):
-        return model(x) * (1 + torch.rand(len(x), 1, *[1] * (x.ndim - 2), generator=own, dtype=x.dtype))
+    def noisy(model):
+        return lambda x: (
+            model(x) * (1 + torch.rand(x.shape[:-1], generator=own, dtype=x.dtype, device=device)[..., None])
+        )
 
     def loss(*vectors):
-        return contrastive(*vectors) + 0 * torch.rand(())
+        return contrastive(*vectors) + 0 * torch.rand((), device=device)
 
-    towers = [x.split(4) for x in three_towers()]
     found = []
     for backward, options in [(with_all_graphs, {}), (cached_backward, {"generators": [own]})]:
-        model = encoder(dropout=0.5)
+        model = encoder(dropout=0.5).to(device)
         torch.manual_seed(8)
         own.manual_seed(9)
-        value = backward(lambda x, model=model: encode(model, x), towers, loss, **options)
-        found.append([value, gradients(model), torch.get_rng_state(), own.get_state()])
+        value = backward(noisy(model), towers, loss, **options)
+        found.append([value, gradients(model), torch.rand(3), torch.rand(3, device=device), own.get_state()])
     for mine, right in zip(found[1][:2], found[0][:2]):
         torch.testing.assert_close(mine, right, rtol=1e-11, atol=1e-14)
     for mine, right in zip(found[1][2:], found[0][2:]):
