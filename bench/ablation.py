@@ -544,8 +544,9 @@ independent heads it is the first arm at {wide} and nothing at {narrow}. The tea
 ## Differences
 
 Mean difference seed by seed. "above", "below": every seed of the one lies above (below) every seed of the other,
-which for three and three happens by chance in one case of ten, and there are
-{len(COMPARISONS) * 2 * len(config["dims"])} cells here; "inside": they overlap.
+which chance alone does in {2 / math.comb(2 * config["seeds"], config["seeds"]):.0%} of the cases, and there are
+{len(COMPARISONS) * 2 * len(config["dims"])} cells here; "inside": they overlap. The spread is that of seeds, not of
+other queries, pairs or students.
 
 {comparison_table(document)}
 
