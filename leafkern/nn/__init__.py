@@ -1,6 +1,7 @@
 """nn.Modules over the operations: packed encoders, heads, sentence models."""
 
 from leafkern.nn.bert import PackedConfig, PackedEncoder
+from leafkern.nn.gradcache import cached_backward
 from leafkern.nn.graphs import GraphedModel
 from leafkern.nn.packed import PackedBatch, Padding, pack
 from leafkern.nn.sentence import Dense, SentenceModel, activation_module
@@ -16,5 +17,6 @@ __all__ = [
     "SentenceModel",
     "TransformersBackbone",
     "activation_module",
+    "cached_backward",
     "pack",
 ]
