@@ -173,6 +173,28 @@ def test_a_loss_carries_its_gradients(dtype):
                 torch.testing.assert_close(found, (3 * right.grad).to(a.dtype))
 
 
+def test_a_gradient_exists_once():
+    x = torch.randn(3, 4, requires_grad=True)
+    outputs = square(x, None, [True, False])
+    loss, made = outputs[0], outputs[2].data_ptr()
+    del outputs
+    loss.backward()
+    assert x.grad.data_ptr() == made
+
+
+def test_a_graph_that_is_kept_keeps_its_gradient():
+    x = torch.randn(3, 4, requires_grad=True)
+    loss = square(x, None, [True, False])[0]
+    for factor in (3, 5):
+        (found,) = torch.autograd.grad(factor * loss, x, retain_graph=True)
+        torch.testing.assert_close(found, 2 * factor * x.detach())
+    # What a registered operation returned is its caller's.
+    loss, _, gradient, _ = torch.ops.leafkern.test_square(x, None, [True, False])
+    (7 * loss).backward()
+    torch.testing.assert_close(gradient, 2 * x.detach())
+    torch.testing.assert_close(x.grad, 14 * x.detach())
+
+
 def test_gradients_that_nobody_wants_are_not_made():
     x, y = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4)
     assert needs_gradient(x, y, None) == [True, False, False]

@@ -54,9 +54,10 @@ def once_differentiable(backward: Callable) -> Callable:
     """
 
     def plain(ctx, *grads):
+        ctx.graph_wanted = torch.is_grad_enabled()
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
+        if not ctx.graph_wanted:
             return outputs
         depends_on = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
         several = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -72,6 +73,7 @@ def register(
     *,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    eager_backward: Callable | None = None,
 ) -> Callable:
     """Registers `torch.ops.leafkern.<name>` and returns the function to call in its place.
 
@@ -80,7 +82,8 @@ def register(
     For a differentiable operation, `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` have the meaning
     that they have in `torch.autograd.Function`, which eager calls go through. Save every tensor that the gradient
     depends on: by these, a second derivative is refused (under torch.compile it is not, and must not be taken).
-    `backward` must itself be made of registered or torch operations: torch.compile traces it.
+    `backward` must itself be made of registered or torch operations: torch.compile traces it. `eager_backward`: its
+    place in eager calls, where nobody else holds what the operation returned.
     """
     name = schema.partition("(")[0].strip()
     implementation = without_autocast(implementation)
@@ -89,9 +92,10 @@ def register(
     torch.library.register_fake(f"leafkern::{name}", fake, lib=_LIBRARY)
     eager = implementation
     if backward is not None:
+        eager_backward = once_differentiable(without_autocast(eager_backward or backward))
         backward = once_differentiable(without_autocast(backward))
         torch.library.register_autograd(f"leafkern::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-        parts = {"forward": implementation, "setup_context": setup_context, "backward": backward}
+        parts = {"forward": implementation, "setup_context": setup_context, "backward": eager_backward}
         members = {part: staticmethod(function) for part, function in parts.items()}
         eager = type(name, (torch.autograd.Function,), members).apply
     registered = getattr(torch.ops.leafkern, name).default
@@ -111,7 +115,8 @@ def register_loss(schema: str, implementation: Callable, fake: Callable, *, diff
     The operation returns (loss, ..., one gradient for each place in `differentiable`).
     Only the loss is differentiable. A gradient is that of the loss, shaped like its argument, in at least float32, so
     that a loss scale is applied before rounding to half precision; its last schema argument, `bool[] needs` (from
-    `needs_gradient`), tells which are wanted: the others are returned as empty (0,).
+    `needs_gradient`), tells which are wanted: the others are returned as empty (0,). In eager calls the gradients exist
+    once: the backward pass hands them on, unless the graph is kept.
     """
 
     def setup_context(ctx, inputs, output):
@@ -123,20 +128,34 @@ def register_loss(schema: str, implementation: Callable, fake: Callable, *, diff
         # The arguments are not needed for the gradient, but it depends on them: see `once_differentiable`.
         ctx.save_for_backward(*gradients, *(inputs[place] for place in differentiable))
 
-    def backward(ctx, grad, *_):
+    def scaled(ctx, grad, spend):
         # Registered operations want a list of None for a list of tensors, whose entry here is a list too.
         grads = [[None] * len(need) if isinstance(need, list) else None for need in ctx.needs_input_grad]
         if grad is not None:
             gradients = ctx.saved_tensors[: len(differentiable)]
             for place, dtype, wanted, saved in zip(differentiable, ctx.meta, ctx.needs, gradients, strict=True):
                 if wanted:
-                    grads[place] = (grad * saved).to(dtype)
+                    grads[place] = (saved.mul_(grad) if spend else grad * saved).to(dtype)
                 elif dtype is not None and ctx.needs_input_grad[place]:
                     raise RuntimeError(f"{name}: called with needs=False for an argument whose gradient is asked for")
         return tuple(grads)
 
+    def backward(ctx, grad, *_):
+        return scaled(ctx, grad, spend=False)
+
+    def eager_backward(ctx, grad, *_):
+        return scaled(ctx, grad, spend=not (ctx.graph_wanted or _graph_is_kept()))
+
     name = schema.partition("(")[0].strip()
-    return register(schema, implementation, fake, setup_context=setup_context, backward=backward)
+    return register(
+        schema, implementation, fake, setup_context=setup_context, backward=backward, eager_backward=eager_backward
+    )
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass leaves the graph for another one; True where torch does not say."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> list[bool]:
