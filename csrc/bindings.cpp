@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/rows.h"
 #include "contrastive/contrastive.h"
 #include "distill/distill.h"
 #include "relative/relative.h"
@@ -20,6 +21,7 @@ using namespace leafkern;
 namespace {
 
 struct Kernels {
+    const RowKernels* rows;
     const SearchKernels* search;
     const RelativeKernels* relative;
     const DistillKernels* distill;
@@ -27,7 +29,7 @@ struct Kernels {
 };
 
 #define LEAFKERN_KERNELS(isa) \
-    {&isa::search_kernels, &isa::relative_kernels, &isa::distill_kernels, &isa::contrastive_kernels}
+    {&isa::row_kernels, &isa::search_kernels, &isa::relative_kernels, &isa::distill_kernels, &isa::contrastive_kernels}
 
 Kernels chosen = LEAFKERN_KERNELS(portable);
 
@@ -75,13 +77,24 @@ RelativeArguments relative_arguments(bool is_double, int64_t batch, int widths, 
     return a;
 }
 
-void check_distill(const std::vector<int64_t>& dims, int64_t width, int64_t count) {
+void check_dims(const std::vector<int64_t>& dims, int64_t width, int64_t count) {
     bool falling = count >= 0;
     for (const int64_t dim : dims) {
         falling = falling && dim >= 1 && dim <= width;
         width = dim - 1;
     }
-    if (!falling) throw std::invalid_argument("distill: dims or count out of range");
+    if (!falling) throw std::invalid_argument("rows: dims or count out of range");
+}
+
+// is double, threads, x, rows, stride, inverse, inverse stride
+using RowsTuple = std::tuple<bool, int, uintptr_t, int64_t, int64_t, uintptr_t, int64_t>;
+
+Rows rows_of(const RowsTuple& given, const std::vector<int64_t>& dims) {
+    const auto [is_double, threads, x, rows, stride, inverse, inverse_stride] = given;
+    if (dims.empty()) throw std::invalid_argument("rows: no dims");
+    check_dims(dims, dims[0], rows);
+    return {is_double, threads, reinterpret_cast<const void*>(x), rows, stride, dims.data(),
+            static_cast<int64_t>(dims.size()), reinterpret_cast<void*>(inverse), inverse_stride};
 }
 
 // raw, weights, inverse, count, stride, inverse stride, ids, maskable, partial, sums
@@ -102,15 +115,6 @@ ContrastivePart contrastive_part(const PartTuple& given) {
     part.partial = reinterpret_cast<void*>(partial);
     part.sums = reinterpret_cast<double*>(sums);
     return part;
-}
-
-// is double, threads, x, rows, stride, inverse, inverse stride
-using MatrixTuple = std::tuple<bool, int, uintptr_t, int64_t, int64_t, uintptr_t, int64_t>;
-
-ContrastiveMatrix contrastive_matrix(const MatrixTuple& given, const std::vector<int64_t>& dims) {
-    const auto [is_double, threads, x, rows, stride, inverse, inverse_stride] = given;
-    return {is_double, threads, reinterpret_cast<const void*>(x), rows, stride, dims.data(),
-            static_cast<int64_t>(dims.size()), reinterpret_cast<void*>(inverse), inverse_stride};
 }
 
 // y, count, row stride, stride, raw, inverse, weights, row gradient, its stride, gradient, its stride
@@ -143,6 +147,12 @@ PYBIND11_MODULE(_C, module) {
     module.def("instruction_sets", &instruction_sets, "Instruction sets that this CPU can run, best last.");
     module.def("select_isa", &select_isa, py::arg("name"));
     module.def("isa", [] { return chosen.search->isa; }, "The instruction set that serves.");
+    module.def("inverse_norms", [](const RowsTuple& matrix, const std::vector<int64_t>& dims) {
+        const Rows m = rows_of(matrix, dims);
+        py::gil_scoped_release released;
+        inverse_norms(*chosen.rows, m);
+    });
+
     module.attr("MAX_DIM") = kMaxDim;
     module.attr("MAX_K") = kMaxK;
 
@@ -189,17 +199,6 @@ PYBIND11_MODULE(_C, module) {
     module.attr("DISTILL_SCORES") = static_cast<int>(kDistillScores);
     module.attr("DISTILL_FUSED") = static_cast<int>(kDistillFused);
     module.attr("DISTILL_WEIGHTS") = static_cast<int>(kDistillWeights);
-    module.def("distill_norms", [](bool is_double, int64_t count, int64_t width, const std::vector<int64_t>& dims,
-                                   int threads, uintptr_t rows, int64_t stride, uintptr_t inverse,
-                                   uintptr_t projected) {
-        check_distill(dims, width, count);
-        const DistillNorms arguments{reinterpret_cast<const void*>(rows), stride, count, dims.data(),
-                                     static_cast<int>(dims.size()), reinterpret_cast<void*>(inverse),
-                                     reinterpret_cast<void*>(projected)};
-        const DistillSteps& steps = chosen.distill->steps[is_double];
-        py::gil_scoped_release released;
-        distill_norms(steps, arguments, threads);
-    });
     // sizes: rows, columns; strides: of widths and rows of scores, of rows of teacher, of widths of norms and sums.
     module.def("distill_block", [](bool is_double, int pass, int widths, const std::vector<int64_t>& sizes,
                                    const std::vector<int64_t>& strides, bool mirrored, double error_scale,
@@ -224,9 +223,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("distill_finish", [](bool is_double, int64_t count, int64_t width, const std::vector<int64_t>& dims,
                                     const std::vector<uintptr_t>& targets, const std::vector<int64_t>& target_strides,
                                     const std::vector<int64_t>& target_widths, double slope, int64_t norm_stride,
-                                    int threads, uintptr_t rows, int64_t stride, uintptr_t projected, uintptr_t sums,
-                                    uintptr_t inverse, uintptr_t whole_projected, uintptr_t gradient) {
-        check_distill(dims, width, count);
+                                    int threads, uintptr_t rows, int64_t stride, uintptr_t inverse, uintptr_t sums,
+                                    uintptr_t whole_inverse, uintptr_t gradient) {
+        check_dims(dims, width, count);
         int64_t side_by_side = 0;
         for (const int64_t each : target_widths) side_by_side += each;
         if (targets.size() != target_strides.size() || targets.size() != target_widths.size() ||
@@ -236,12 +235,11 @@ PYBIND11_MODULE(_C, module) {
         for (const uintptr_t target : targets) addresses.push_back(reinterpret_cast<const void*>(target));
         std::vector<double> cosines(targets.empty() ? 0 : count);
         const DistillFinish arguments{reinterpret_cast<const void*>(rows), stride, count, width, dims.data(),
-                                      static_cast<int>(dims.size()), reinterpret_cast<const void*>(projected),
+                                      static_cast<int>(dims.size()), reinterpret_cast<const void*>(inverse),
                                       reinterpret_cast<const double*>(sums), norm_stride,
                                       static_cast<int>(targets.size()), addresses.data(), target_strides.data(),
-                                      target_widths.data(), reinterpret_cast<const void*>(inverse),
-                                      reinterpret_cast<const void*>(whole_projected), slope, cosines.data(),
-                                      reinterpret_cast<void*>(gradient)};
+                                      target_widths.data(), reinterpret_cast<const void*>(whole_inverse), slope,
+                                      cosines.data(), reinterpret_cast<void*>(gradient)};
         const DistillSteps& steps = chosen.distill->steps[is_double];
         double total = 0;
         {
@@ -308,26 +306,21 @@ PYBIND11_MODULE(_C, module) {
         py::gil_scoped_release released;
         return contrastive_rows(*chosen.contrastive, a);
     });
-    module.def("inverse_norms", [](const MatrixTuple& matrix, const std::vector<int64_t>& dims) {
-        const ContrastiveMatrix m = contrastive_matrix(matrix, dims);
-        py::gil_scoped_release released;
-        inverse_norms(*chosen.contrastive, m);
-    });
-    module.def("own_products", [](const MatrixTuple& matrix, const std::vector<int64_t>& dims, const OwnTuple& own) {
-        const ContrastiveMatrix m = contrastive_matrix(matrix, dims);
+    module.def("own_products", [](const RowsTuple& matrix, const std::vector<int64_t>& dims, const OwnTuple& own) {
+        const Rows m = rows_of(matrix, dims);
         const ContrastiveOwn o = contrastive_own(own);
         py::gil_scoped_release released;
         own_products(*chosen.contrastive, m, o);
     });
-    module.def("own_gradients", [](const MatrixTuple& matrix, const std::vector<int64_t>& dims, const OwnTuple& own) {
-        const ContrastiveMatrix m = contrastive_matrix(matrix, dims);
+    module.def("own_gradients", [](const RowsTuple& matrix, const std::vector<int64_t>& dims, const OwnTuple& own) {
+        const Rows m = rows_of(matrix, dims);
         const ContrastiveOwn o = contrastive_own(own);
         py::gil_scoped_release released;
         own_gradients(*chosen.contrastive, m, o);
     });
-    module.def("project", [](const MatrixTuple& matrix, const std::vector<int64_t>& dims, uintptr_t gradient,
+    module.def("project", [](const RowsTuple& matrix, const std::vector<int64_t>& dims, uintptr_t gradient,
                              int64_t stride, uintptr_t sums, int64_t sums_stride) {
-        const ContrastiveMatrix m = contrastive_matrix(matrix, dims);
+        const Rows m = rows_of(matrix, dims);
         const ContrastiveProjection projection{reinterpret_cast<void*>(gradient), stride,
                                                reinterpret_cast<const double*>(sums), sums_stride};
         py::gil_scoped_release released;

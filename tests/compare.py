@@ -21,6 +21,15 @@ def relative(found, expected):
     return (found - expected).norm() / expected.norm().clamp(min=1e-9)
 
 
+def value_and_gradient(function, student):
+    """The terms that `function` returns, detached, and the gradient of the first."""
+    student = student.detach().requires_grad_()
+    terms = function(student)
+    terms = terms if isinstance(terms, tuple) else (terms,)
+    (grad,) = torch.autograd.grad(terms[0], student)
+    return *(term.detach() for term in terms), grad
+
+
 # Lengths of the sequences in a batch, for the kernels that share tokens among programs on a GPU.
 BATCHES = {
     "one": [1],
@@ -61,6 +70,23 @@ def served_by_another(monkeypatch, call, reason):
     _warn_once.cache_clear()
     with pytest.warns(FallbackWarning, match=reason):
         return call()
+
+
+def recorded_launches(monkeypatch, kernels):
+    """Names of the kernels of the module `kernels`, in the order of their launch."""
+    done = []
+
+    class Recorded:
+        def __init__(self, kernel, name):
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid):
+            done.append(self.name)
+            return self.kernel[grid]
+
+    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+        monkeypatch.setattr(kernels, name, Recorded(getattr(kernels, name), name.removesuffix("_kernel")))
+    return done
 
 
 class LargestTensor(TorchDispatchMode):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from leafkern.ops._core.native import library
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Without it, `poisoned` makes torch refuse products on a GPU.
@@ -26,6 +28,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="TRITON_INTERPRET=1 is for the interpreter's tests"))
         elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(params=library()[0].instruction_sets() if library()[0] else [])
+def isa(request):
+    """Each instruction set that this CPU can run, which serves the test."""
+    module = library()[0]
+    before = module.isa()
+    module.select_isa(request.param)
+    yield request.param
+    module.select_isa(before)
 
 
 @pytest.fixture

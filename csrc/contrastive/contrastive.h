@@ -11,13 +11,14 @@
 // projects out, which needs the sums over j of weight * raw: they are formed here for widths 1 and on; for width 0 it
 // is what they leave of x_i . gradient. The same for y_j.
 //
-// Inverse norms: 1 / max(|x|, 1e-12), 0 for a zero row. Matrices are float or double (`is_double`), sums along a row
-// and down a column double. A row belongs to one task, and columns are added up by groups of rows in their order: no
-// result depends on the number of threads.
+// Matrices are float or double (`is_double`), sums along a row and down a column double. A row belongs to one task, and
+// columns are added up by groups of rows in their order: no result depends on the number of threads.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "common/rows.h"
 
 namespace leafkern {
 
@@ -56,17 +57,6 @@ struct ContrastiveRows {
     int64_t widths, width_stride;
 };
 
-struct ContrastiveMatrix {  // rows, and what is known of them at each width
-    bool is_double;
-    int threads;
-    const void* x;  // (rows, dims[0]), rows `stride` apart
-    int64_t rows, stride;
-    const int64_t* dims;  // descending
-    int64_t widths;
-    void* inverse;  // (widths, rows), widths `inverse_stride` apart
-    int64_t inverse_stride;
-};
-
 struct ContrastiveOwn {  // columns that each row has to itself
     const void* y;       // (rows, count, dims[0])
     int64_t count, row_stride, stride;
@@ -89,10 +79,9 @@ struct ContrastiveProjection {
 struct ContrastiveSteps {
     void (*rows)(const ContrastiveRows& a, int64_t begin, int64_t end);
     void (*column_sums)(const ContrastivePart& part, int64_t groups, int64_t begin, int64_t end);
-    void (*inverse_norms)(const ContrastiveMatrix& m, int64_t begin, int64_t end);
-    void (*own_products)(const ContrastiveMatrix& m, const ContrastiveOwn& own, int64_t begin, int64_t end);
-    void (*own_gradients)(const ContrastiveMatrix& m, const ContrastiveOwn& own, int64_t begin, int64_t end);
-    void (*project)(const ContrastiveMatrix& m, const ContrastiveProjection& projection, int64_t begin, int64_t end);
+    void (*own_products)(const Rows& m, const ContrastiveOwn& own, int64_t begin, int64_t end);
+    void (*own_gradients)(const Rows& m, const ContrastiveOwn& own, int64_t begin, int64_t end);
+    void (*project)(const Rows& m, const ContrastiveProjection& projection, int64_t begin, int64_t end);
 };
 
 struct ContrastiveKernels {
@@ -105,10 +94,9 @@ namespace avx2 { extern const ContrastiveKernels contrastive_kernels; }
 #endif
 
 double contrastive_rows(const ContrastiveKernels& kernels, const ContrastiveRows& a);
-void inverse_norms(const ContrastiveKernels& kernels, const ContrastiveMatrix& m);
 // Raw products and inverse norms of the own columns.
-void own_products(const ContrastiveKernels& kernels, const ContrastiveMatrix& m, const ContrastiveOwn& own);
-void own_gradients(const ContrastiveKernels& kernels, const ContrastiveMatrix& m, const ContrastiveOwn& own);
-void project(const ContrastiveKernels& kernels, const ContrastiveMatrix& m, const ContrastiveProjection& projection);
+void own_products(const ContrastiveKernels& kernels, const Rows& m, const ContrastiveOwn& own);
+void own_gradients(const ContrastiveKernels& kernels, const Rows& m, const ContrastiveOwn& own);
+void project(const ContrastiveKernels& kernels, const Rows& m, const ContrastiveProjection& projection);
 
 }  // namespace leafkern

@@ -12,20 +12,9 @@ namespace leafkern {
 namespace LEAFKERN_ISA {
 namespace {
 
+#include "common/rows.inl"
+
 constexpr int64_t kTile = 512;
-constexpr double kClamp = 1e-12;  // of norms
-
-template <typename T>
-constexpr int kLanes = 64 / sizeof(T);
-
-template <typename T>
-const T* row_of(const void* matrix, int64_t row, int64_t stride) {
-    return static_cast<const T*>(matrix) + row * stride;
-}
-template <typename T>
-T* row_of(void* matrix, int64_t row, int64_t stride) {
-    return static_cast<T*>(matrix) + row * stride;
-}
 
 // ---- exp(x) for x <= 1: 2^n times a polynomial of x - n log 2, which is at most log(2) / 2. Within 2 ulp; 0 where a
 // normal number can't hold it; NaN stays.
@@ -132,9 +121,7 @@ double sum_of(const Tile<T>& tile, int64_t padded) {
     T lanes[kLanes<T>] = {};
     for (int64_t j = 0; j < padded; j += kLanes<T>)
         for (int l = 0; l < kLanes<T>; ++l) lanes[l] += tile.at[j + l];
-    double sum = 0;
-    for (const T lane : lanes) sum += lane;
-    return sum;
+    return sum(lanes);
 }
 
 // tile = exp((tile - top) * scale); returns the sum.
@@ -339,61 +326,10 @@ void column_sums(const ContrastivePart& part, int64_t groups, int64_t begin, int
     }
 }
 
-// ---- Rows and their norms
+// ---- What the norms project out
 
 template <typename T>
-T dot(const T* x, const T* y, int64_t count) {
-    T lanes[kLanes<T>] = {};
-    int64_t i = 0;
-    for (; i + kLanes<T> <= count; i += kLanes<T>)
-        for (int l = 0; l < kLanes<T>; ++l) lanes[l] += x[i + l] * y[i + l];
-    T sum = 0;
-    for (; i < count; ++i) sum += x[i] * y[i];
-    for (const T lane : lanes) sum += lane;
-    return sum;
-}
-
-template <typename T>
-double square(const T* x, int64_t count) {
-    double lanes[16] = {};
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16)
-        for (int l = 0; l < 16; ++l) lanes[l] += static_cast<double>(x[i + l]) * static_cast<double>(x[i + l]);
-    double sum = 0;
-    for (; i < count; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-    for (const double lane : lanes) sum += lane;
-    return sum;
-}
-
-template <typename T>
-T inverse_of(double squares) {
-    const double norm = sqrt(squares);
-    return static_cast<T>(norm < kClamp ? (norm == 0 ? 0 : 1 / kClamp) : 1 / norm);
-}
-
-int64_t narrower(const ContrastiveMatrix& m, int64_t width) { return width + 1 < m.widths ? m.dims[width + 1] : 0; }
-
-template <typename T>
-void inverse_norms(const ContrastiveMatrix& m, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-        const T* x = row_of<T>(m.x, row, m.stride);
-        double squares = 0;
-        for (int64_t width = m.widths - 1; width >= 0; --width) {
-            const int64_t first = narrower(m, width);
-            squares += square(x + first, m.dims[width] - first);
-            row_of<T>(m.inverse, width, m.inverse_stride)[row] = inverse_of<T>(squares);
-        }
-    }
-}
-
-// How much of the row itself a width takes out of its gradient. Below the clamp the norm is constant.
-template <typename T>
-T projected(double sum, T inverse) {
-    return inverse < static_cast<T>(1 / kClamp) || inverse != inverse ? static_cast<T>(sum * inverse * inverse) : 0;
-}
-
-template <typename T>
-void project(const ContrastiveMatrix& m, const ContrastiveProjection& projection, int64_t begin, int64_t end) {
+void project(const Rows& m, const ContrastiveProjection& projection, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         const T* x = row_of<T>(m.x, row, m.stride);
         T* gradient = row_of<T>(projection.gradient, row, projection.stride);
@@ -403,8 +339,9 @@ void project(const ContrastiveMatrix& m, const ContrastiveProjection& projection
         T total = 0;
         for (int64_t width = 0; width < m.widths; ++width) {
             const double sum = width == 0 ? remaining : projection.sums[(width - 1) * projection.sums_stride + row];
-            total += projected(sum, row_of<T>(m.inverse, width, m.inverse_stride)[row]);
-            for (int64_t d = narrower(m, width); d < m.dims[width]; ++d) gradient[d] -= total * x[d];
+            total += static_cast<T>(sum * projected(row_of<T>(m.inverse, width, m.inverse_stride)[row]));
+            const int64_t first = narrower(m.dims, m.widths, width);
+            add(-total, x + first, m.dims[width] - first, gradient + first);
         }
     }
 }
@@ -412,27 +349,27 @@ void project(const ContrastiveMatrix& m, const ContrastiveProjection& projection
 // ---- Columns that each row has to itself
 
 template <typename T>
-void own_products(const ContrastiveMatrix& m, const ContrastiveOwn& own, int64_t begin, int64_t end) {
+void own_products(const Rows& m, const ContrastiveOwn& own, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         const T* x = row_of<T>(m.x, row, m.stride);
         for (int64_t c = 0; c < own.count; ++c) {
             const T* y = row_of<T>(own.y, row, own.row_stride) + c * own.stride;
             double squares = 0;
-            T raw = 0;
+            double raw = 0;
             for (int64_t width = m.widths - 1; width >= 0; --width) {
-                const int64_t first = narrower(m, width), count = m.dims[width] - first;
+                const int64_t first = narrower(m.dims, m.widths, width), count = m.dims[width] - first;
                 const int64_t place = (width * m.rows + row) * own.count + c;
-                squares += square(y + first, count);
+                squares += sum_of_squares(y + first, count);
                 raw += dot(x + first, y + first, count);
-                static_cast<T*>(own.raw)[place] = raw;
-                static_cast<T*>(own.inverse)[place] = inverse_of<T>(squares);
+                static_cast<T*>(own.raw)[place] = static_cast<T>(raw);
+                static_cast<T*>(own.inverse)[place] = inverse_norm<T>(squares);
             }
         }
     }
 }
 
 template <typename T>
-void own_gradients(const ContrastiveMatrix& m, const ContrastiveOwn& own, int64_t begin, int64_t end) {
+void own_gradients(const Rows& m, const ContrastiveOwn& own, int64_t begin, int64_t end) {
     const T* weights = static_cast<const T*>(own.weights);
     for (int64_t row = begin; row < end; ++row) {
         const T* x = row_of<T>(m.x, row, m.stride);
@@ -444,11 +381,11 @@ void own_gradients(const ContrastiveMatrix& m, const ContrastiveOwn& own, int64_
                 const T raw = static_cast<const T*>(own.raw)[place];
                 weight += weights[place];
                 const double sum = static_cast<double>(weights[place]) * raw;
-                total += projected(sum, static_cast<const T*>(own.inverse)[place]);
-                const int64_t first = narrower(m, width);
+                total += static_cast<T>(sum * projected(static_cast<const T*>(own.inverse)[place]));
+                const int64_t first = narrower(m.dims, m.widths, width);
                 if (own.row_gradient) {
                     T* gradient = row_of<T>(own.row_gradient, row, own.row_gradient_stride);
-                    for (int64_t d = first; d < m.dims[width]; ++d) gradient[d] += weight * y[d];
+                    add(weight, y + first, m.dims[width] - first, gradient + first);
                 }
                 if (own.gradient) {
                     T* gradient = row_of<T>(own.gradient, row * own.count + c, own.gradient_stride);
@@ -461,7 +398,7 @@ void own_gradients(const ContrastiveMatrix& m, const ContrastiveOwn& own, int64_
 
 template <typename T>
 constexpr ContrastiveSteps steps_of() {
-    return {rows<T>, column_sums<T>, inverse_norms<T>, own_products<T>, own_gradients<T>, project<T>};
+    return {rows<T>, column_sums<T>, own_products<T>, own_gradients<T>, project<T>};
 }
 
 }  // namespace

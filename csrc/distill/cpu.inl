@@ -1,6 +1,6 @@
 // The passes of the distillation losses, compiled once per instruction set into namespace LEAFKERN_ISA. No templates
 // or inline functions of the standard library here: the linker might keep this object's copy for every caller.
-#include <cmath>
+#include <math.h>
 
 #include "distill/distill.h"
 
@@ -8,65 +8,7 @@ namespace leafkern {
 namespace LEAFKERN_ISA {
 namespace {
 
-template <typename T>
-constexpr int kLanes = 64 / sizeof(T);  // independent sums, which the compiler turns into vectors
-
-template <typename T>
-double sum(const T* lanes) {
-    double total = 0;
-    for (int i = 0; i < kLanes<T>; ++i) total += lanes[i];
-    return total;
-}
-
-// In double, whatever the type: squares of a float neither overflow nor vanish there.
-template <typename T>
-double sum_of_squares(const T* x, int64_t count) {
-    double lanes[8] = {};
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8)
-        for (int l = 0; l < 8; ++l) lanes[l] += static_cast<double>(x[i + l]) * x[i + l];
-    for (; i < count; ++i) lanes[0] += static_cast<double>(x[i]) * x[i];
-    return sum(lanes);
-}
-
-template <typename T>
-double dot(const T* x, const T* y, int64_t count) {
-    T lanes[kLanes<T>] = {};
-    int64_t i = 0;
-    for (; i + kLanes<T> <= count; i += kLanes<T>)
-        for (int l = 0; l < kLanes<T>; ++l) lanes[l] += x[i + l] * y[i + l];
-    for (; i < count; ++i) lanes[0] += x[i] * y[i];
-    return sum(lanes);
-}
-
-// 1 / max(norm, 1e-12), 0 for 0; and its square, which is 0 below 1e-12.
-template <typename T>
-struct Inverse {
-    T scale, projected;
-    explicit Inverse(double square) {
-        const T norm = static_cast<T>(std::sqrt(square)), least = static_cast<T>(1e-12);
-        scale = norm == 0 ? 0 : 1 / (norm < least ? least : norm);
-        projected = norm < least ? 0 : scale * scale;
-    }
-};
-
-template <typename T>
-void norms(const DistillNorms& a, int64_t begin, int64_t end) {
-    T* inverse = static_cast<T*>(a.inverse);
-    T* projected = static_cast<T*>(a.projected);
-    for (int64_t row = begin; row < end; ++row) {
-        const T* x = static_cast<const T*>(a.rows) + row * a.stride;
-        double square = 0;
-        int64_t column = 0;
-        for (int k = a.widths - 1; k >= 0; --k) {
-            square += sum_of_squares(x + column, a.dims[k] - column);
-            column = a.dims[k];
-            const Inverse<T> norm(square);
-            inverse[k * a.count + row] = norm.scale;
-            projected[k * a.count + row] = norm.projected;
-        }
-    }
-}
+#include "common/rows.inl"
 
 // One row of one width of a stripe.
 template <typename T>
@@ -160,16 +102,10 @@ void stripe_of(const DistillBlock& b, int64_t begin, int64_t end, bool mirrored,
     }
 }
 
-// y += scale * x, over columns that may be none.
-template <typename T>
-void add(T scale, const T* x, int64_t count, T* y) {
-    for (int64_t i = 0; i < count; ++i) y[i] += scale * x[i];
-}
-
 // Whether n(x) is a sign, whose gradient is exactly 0.
 template <typename T>
-bool width_of_one(int64_t width, T projected) {
-    return width == 1 && projected > 0;
+bool width_of_one(int64_t width, T inverse) {
+    return width == 1 && projected(inverse) > 0;
 }
 
 template <typename T>
@@ -179,7 +115,7 @@ void finish(const DistillFinish& a, int64_t begin, int64_t end) {
         double along = 0;  // what of the row itself goes out of columns that all widths so far cover
         T by_target = 0;
         if (a.parts > 0) {
-            const T inverse = static_cast<const T*>(a.inverse)[row];
+            const T inverse = static_cast<const T*>(a.whole_inverse)[row];
             double product = 0;
             int64_t column = 0;
             for (int p = 0; p < a.parts; ++p) {
@@ -188,18 +124,19 @@ void finish(const DistillFinish& a, int64_t begin, int64_t end) {
                 column += a.target_widths[p];
             }
             a.cosines[row] = product * inverse;
-            along = a.slope * a.cosines[row] * static_cast<const T*>(a.whole_projected)[row];
+            along = a.slope * a.cosines[row] * projected(inverse);
             by_target = static_cast<T>(a.slope * inverse);
-            if (width_of_one(a.width, static_cast<const T*>(a.whole_projected)[row])) along = by_target = 0;
+            if (width_of_one(a.width, inverse)) along = by_target = 0;
         }
         if (a.gradient == nullptr) continue;
         T* to = static_cast<T*>(a.gradient) + row * a.width;
         int64_t right = a.width;
         for (int k = 0; k <= a.widths; ++k) {
-            const int64_t left = k < a.widths ? a.dims[k] : 0;
+            const int64_t left = narrower(a.dims, a.widths, k - 1);
             if (along != 0) add(static_cast<T>(-along), x + left, right - left, to + left);
             if (k < a.widths)
-                along += a.sums[k * a.norm_stride + row] * static_cast<const T*>(a.projected)[k * a.norm_stride + row];
+                along += a.sums[k * a.norm_stride + row] *
+                         projected(static_cast<const T*>(a.inverse)[k * a.norm_stride + row]);
             right = left;
         }
         int64_t column = 0;
@@ -239,23 +176,23 @@ void align(const DistillAlign& a, int64_t begin, int64_t end) {
         // difference is exact.
         double inverse, by_error, by_student;
         if (a.kind == kCosine) {
-            const Inverse<T> student(sum_of_squares(s, width)), teacher(sum_of_squares(t, width));
-            const double cosine = dot(s, t, width) * student.scale * teacher.scale;
+            const T student = inverse_norm<T>(sum_of_squares(s, width));
+            const T teacher = inverse_norm<T>(sum_of_squares(t, width));
+            const double cosine = dot(s, t, width) * student * teacher;
             a.distances[row] = 1 - cosine;
             inverse = 0;
-            by_error = a.scale * student.scale * teacher.scale;
-            by_student = -a.scale * cosine * student.projected;
-            if (width_of_one(width, student.projected)) by_error = by_student = 0;
+            by_error = a.scale * student * teacher;
+            by_student = -a.scale * cosine * projected(student);
+            if (width_of_one(width, student)) by_error = by_student = 0;
         } else {
-            Inverse<T> student(1);
-            if (a.normalize) student = Inverse<T>(sum_of_squares(s, width));
-            const double square = errors<T, true>(s, t, student.scale, width), norm = std::sqrt(square);
+            const T student = a.normalize ? inverse_norm<T>(sum_of_squares(s, width)) : 1;
+            const double square = errors<T, true>(s, t, student, width), norm = sqrt(square);
             a.distances[row] = a.kind == kL2 ? norm : square;
             const double slope = a.scale * (a.kind != kL2 ? 2 : norm == 0 ? 0 : 1 / norm);
-            inverse = student.scale;
-            by_error = slope * student.scale;
-            by_student = a.normalize ? slope * errors<T, false>(s, t, student.scale, width) * student.projected : 0;
-            if (a.normalize && width_of_one(width, student.projected)) by_error = by_student = 0;
+            inverse = student;
+            by_error = slope * student;
+            by_student = a.normalize ? slope * errors<T, false>(s, t, student, width) * projected(student) : 0;
+            if (a.normalize && width_of_one(width, student)) by_error = by_student = 0;
         }
         if (a.gradient == nullptr) continue;
         T* to = static_cast<T*>(a.gradient) + row * width;
@@ -268,8 +205,8 @@ void align(const DistillAlign& a, int64_t begin, int64_t end) {
 
 extern const DistillKernels distill_kernels;
 const DistillKernels distill_kernels = {
-    {{norms<float>, stripe_of<float>, finish<float>, align<float>},
-     {norms<double>, stripe_of<double>, finish<double>, align<double>}}};
+    {{stripe_of<float>, finish<float>, align<float>},
+     {stripe_of<double>, finish<double>, align<double>}}};
 
 }  // namespace LEAFKERN_ISA
 }  // namespace leafkern

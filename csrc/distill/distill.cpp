@@ -50,11 +50,6 @@ struct ByStripes {
 
 }  // namespace
 
-void distill_norms(const DistillSteps& steps, const DistillNorms& arguments, int threads) {
-    ByRows<DistillNorms> rows{steps.norms, arguments};
-    parallel(threads, pieces(arguments.count, kRows), rows.run, &rows);
-}
-
 int64_t distill_workspace(const DistillBlock& block) { return stripes(block) * sums_of_stripe(block); }
 
 void distill_block(const DistillSteps& steps, const DistillBlock& block, double* workspace, int threads) {

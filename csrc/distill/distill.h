@@ -1,7 +1,6 @@
 // The passes between the matrix products of the distillation losses, on float or double. Rows are given raw; n(x) is
 // x / max(|x|, 1e-12), and 0 for x = 0. With D_ij = a_i . b_j over a prefix, cos_ij = D_ij * left_i * right_j.
 //
-//   norms    inverse norms of every prefix of every row
 //   block    a block of dot products of every width becomes cosines, the sum of squared errors, or the weights W_ij of
 //            the gradient da_i = sum over j of W_ij b_j, for all widths in one pass
 //   align    the distance of rows from a teacher's, and its gradient, in one pass
@@ -16,15 +15,6 @@
 namespace leafkern {
 
 constexpr int kDistillStripe = 256;  // columns that one task takes of a block
-
-struct DistillNorms {
-    const void* rows;  // entries adjacent, rows `stride` apart
-    int64_t stride, count;
-    const int64_t* dims;  // descending
-    int widths;
-    void* inverse;    // (widths, count): 1 / max(norm, 1e-12), 0 for a zero row
-    void* projected;  // (widths, count): its square; 0 below 1e-12, where n(x) is linear and nothing is projected out
-};
 
 enum DistillPass {
     kDistillScores,   // dot products -> sum of squared errors, and cosines in their place
@@ -61,16 +51,15 @@ struct DistillFinish {
     int64_t stride, count, width;
     const int64_t* dims;  // descending
     int widths;
-    const void* projected;  // of these rows, widths `norm_stride` apart
-    const double* sums;     // of slope * cos, widths `norm_stride` apart
+    const void* inverse;  // of the norms of these rows, widths `norm_stride` apart
+    const double* sums;   // of slope * cos, widths `norm_stride` apart
     int64_t norm_stride;
     // The cosine loss, unless parts is 0: targets side by side, and inverse norms of the whole rows.
     int parts;
     const void* const* targets;
     const int64_t* target_strides;
     const int64_t* target_widths;
-    const void* inverse;
-    const void* whole_projected;
+    const void* whole_inverse;
     double slope;     // by the cosine
     double* cosines;  // (count,)
     void* gradient;   // (count, width), added to; null: not wanted
@@ -92,7 +81,6 @@ struct DistillAlign {
 
 // What each instruction set offers for one type.
 struct DistillSteps {
-    void (*norms)(const DistillNorms& arguments, int64_t begin, int64_t end);
     // Columns [begin, end), none or all of them mirrored; sums: the loss, then (widths, rows) of slope * cos.
     void (*stripe)(const DistillBlock& block, int64_t begin, int64_t end, bool mirrored, double* sums);
     void (*finish)(const DistillFinish& arguments, int64_t begin, int64_t end);
@@ -108,7 +96,6 @@ namespace portable { extern const DistillKernels distill_kernels; }
 namespace avx2 { extern const DistillKernels distill_kernels; }
 #endif
 
-void distill_norms(const DistillSteps& steps, const DistillNorms& arguments, int threads);
 // Doubles that distill_block works in.
 int64_t distill_workspace(const DistillBlock& block);
 void distill_block(const DistillSteps& steps, const DistillBlock& block, double* workspace, int threads);

@@ -4,11 +4,10 @@ Tests named `small` are also run under compute-sanitizer (bench/gpu.sh, stage "s
 """
 
 import itertools
-import os
 
 import pytest
 import torch
-from compare import relative
+from compare import relative, value_and_gradient
 from tolerances import TOLERANCE
 
 from leafkern.ops import alignment_loss, distill_loss, similarity_loss
@@ -16,9 +15,6 @@ from leafkern.ops._core.teachers import unit_targets
 from leafkern.ops.distill.reference import KINDS, blocked_distill_loss, brute_alignment_loss, lean_alignment_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("only_triton")]
-
-# What finds unwritten memory also asks for deterministic algorithms, of which cuBLAS knows only with this.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 JASPER = (10.0, 200.0, 20.0)
@@ -33,14 +29,6 @@ def drawn(rows, width, *teachers, dtype=torch.float32):
     mixed = [torch.randn(width, teacher, device="cuda") / width**0.5 for teacher in teachers or (width,)]
     teachers = [student @ m + torch.randn(rows, m.shape[1], device="cuda") for m in mixed]
     return student.to(dtype).requires_grad_(), teachers
-
-
-def value_and_gradient(function, student):
-    student = student.detach().requires_grad_()
-    terms = function(student)
-    terms = terms if isinstance(terms, tuple) else (terms,)
-    (grad,) = torch.autograd.grad(terms[0], student)
-    return *(term.detach() for term in terms), grad
 
 
 def exact(student, teachers, dims, weights, margin=0.015):

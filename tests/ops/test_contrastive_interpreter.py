@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from compare import LargestTensor, relative
+from compare import LargestTensor, recorded_launches, relative
 from contrastive_cases import some_ids
 from contrastive_hold import batch_on, contrast, hold_contrast, hold_labels, labelled_on
 from tolerances import TOLERANCE
@@ -20,24 +20,12 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("only_triton")]
 
 DTYPES = [torch.float32, torch.float16]
 batch, labelled = partial(batch_on, "cpu"), partial(labelled_on, "cpu")
-KERNELS = ("prefix_kernel", "teacher_kernel", "score_kernel", "row_kernel", "weight_kernel", "finish_kernel")
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels and of the library's products, in the order of their launch."""
-    done = []
-
-    class Counted:
-        def __init__(self, kernel, name):
-            self.kernel, self.name = kernel, name
-
-        def __getitem__(self, grid):
-            done.append(self.name)
-            return self.kernel[grid]
-
-    for name in KERNELS:
-        monkeypatch.setattr(kernels, name, Counted(getattr(kernels, name), name.removesuffix("_kernel")))
+    done = recorded_launches(monkeypatch, kernels)
     product = kernels._product
     monkeypatch.setattr(kernels, "_product", lambda *args: (done.append("product"), product(*args)))
     return done

@@ -35,15 +35,6 @@ EVERYTHING = {
 }
 
 
-@pytest.fixture(params=library()[0].instruction_sets() if library()[0] else [])
-def isa(request):
-    module = library()[0]
-    before = module.isa()
-    module.select_isa(request.param)
-    yield request.param
-    module.select_isa(before)
-
-
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()

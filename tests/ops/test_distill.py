@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from compare import backend, poisoned_memory
+from compare import backend, poisoned_memory, value_and_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
@@ -236,15 +236,6 @@ def test_alignment_autocast_changes_nothing(dtype):
     with torch.autocast("cpu", torch.bfloat16):
         found = alignment_loss(student, teacher, weight=weight, normalize=True)
     assert torch.equal(found, alignment_loss(student, teacher, weight=weight, normalize=True))
-
-
-def value_and_gradient(function, student):
-    """The terms that `function` returns, detached, and the gradient of the first."""
-    student = student.detach().clone().requires_grad_()
-    terms = function(student)
-    terms = terms if isinstance(terms, tuple) else (terms,)
-    (grad,) = torch.autograd.grad(terms[0], student)
-    return *(term.detach() for term in terms), grad
 
 
 def assert_near(actual, expected, dtype):

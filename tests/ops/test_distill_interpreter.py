@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from compare import LargestTensor
+from compare import LargestTensor, recorded_launches, value_and_gradient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
@@ -41,15 +41,6 @@ def drawn(rows, width, *teachers, dtype=torch.float32):
     """A student and its teachers."""
     student = torch.randn(rows, width).to(dtype)
     return student.requires_grad_(), [torch.randn(rows, teacher) for teacher in teachers or (width,)]
-
-
-def value_and_gradient(function, student):
-    """The terms that `function` returns, detached, and the gradient of the first."""
-    student = student.detach().requires_grad_()
-    terms = function(student)
-    terms = terms if isinstance(terms, tuple) else (terms,)
-    (grad,) = torch.autograd.grad(terms[0], student)
-    return *(term.detach() for term in terms), grad
 
 
 def assert_near(found, expected, dtype):
@@ -201,20 +192,7 @@ def test_independent_heads(kernels):
 
 @pytest.fixture
 def launches(kernels, monkeypatch):
-    """Names of the kernels launched."""
-    seen = []
-
-    class Counted:
-        def __init__(self, name, kernel):
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid):
-            seen.append(self.name)
-            return self.kernel[grid]
-
-    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
-        monkeypatch.setattr(kernels, name, Counted(name.removesuffix("_kernel"), getattr(kernels, name)))
-    return seen
+    return recorded_launches(monkeypatch, kernels)
 
 
 def test_launches(launches):

@@ -132,8 +132,8 @@ def relative(threads, ties, gap):
     return gradient
 rows = rng.standard_normal((300, 24))
 def distill(threads):
-    dims, (inverse, projected) = [24, 9], np.empty((2, 2, 300))
-    _C.distill_norms(True, 300, 24, dims, threads, rows.ctypes.data, 24, inverse.ctypes.data, projected.ctypes.data)
+    dims, inverse = [24, 9], np.empty((2, 300))
+    _C.inverse_norms((True, threads, rows.ctypes.data, 300, 24, inverse.ctypes.data, 300), dims)
     scores, taught = np.stack([rows[:, :d] @ rows[:, :d].T for d in dims]), np.zeros((300, 300))
     sums, loss, gradient = np.zeros((2, 300)), np.zeros(1), np.zeros((300, 24))
     norms = [inverse.ctypes.data] * 2
@@ -141,7 +141,7 @@ def distill(threads):
     _C.distill_block(True, _C.DISTILL_FUSED, 2, [300, 300], [90000, 300, 300, 300], False, 1.0, 0.0, False, threads,
                      scores.ctypes.data, taught.ctypes.data, 0, *norms, *found)
     _C.distill_finish(True, 300, 24, dims, [rows.ctypes.data], [24], [24], 1.0, 300, threads, rows.ctypes.data, 24,
-                      projected.ctypes.data, sums.ctypes.data, *norms[:1], projected.ctypes.data, gradient.ctypes.data)
+                      inverse.ctypes.data, sums.ctypes.data, *norms[:1], gradient.ctypes.data)
     _C.distill_align(True, 1, True, 300, 24, 1.0, threads, rows.ctypes.data, 24, gradient.ctypes.data, 24,
                      scores.ctypes.data)
     return np.concatenate([loss, gradient.ravel(), scores.ravel()])

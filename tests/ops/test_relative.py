@@ -23,15 +23,6 @@ from leafkern.ops.relative.reference import blocked_relative, brute_relative
 needs_native = pytest.mark.skipif(library()[0] is None, reason="leafkern._C is not built")
 
 
-@pytest.fixture(params=library()[0].instruction_sets() if library()[0] else [])
-def isa(request):
-    module = library()[0]
-    before = module.isa()
-    module.select_isa(request.param)
-    yield request.param
-    module.select_isa(before)
-
-
 # Given scores
 
 

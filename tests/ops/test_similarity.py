@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import LargestTensor, backend, poisoned_memory
+from compare import LargestTensor, backend, poisoned_memory, value_and_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
@@ -34,13 +34,6 @@ def served_by(request):
 def pair(rows, width, teacher_width, dtype=torch.float64):
     student = torch.randn(rows, width, dtype=dtype).requires_grad_()
     return student, torch.randn(rows, teacher_width, dtype=dtype)
-
-
-def value_and_gradient(function, student):
-    student = student.detach().clone().requires_grad_()
-    loss = function(student)
-    (grad,) = torch.autograd.grad(loss, student)
-    return loss.detach(), grad
 
 
 def assert_near(actual, expected, dtype):
@@ -359,15 +352,6 @@ def test_values_are_not_checked_when_compiled():
     compiled = torch.compile(lambda s: similarity_loss(s, teacher), fullgraph=True, backend="aot_eager")
     expected = value_and_gradient(lambda s: brute_similarity_loss(s, normalize_rows(teacher), [5]), student)
     assert_near(value_and_gradient(compiled, student), expected, torch.float64)
-
-
-@pytest.fixture(params=library()[0].instruction_sets() if library()[0] else [])
-def isa(request):
-    module, _ = library()
-    before = module.isa()
-    module.select_isa(request.param)
-    yield
-    module.select_isa(before)
 
 
 CASES = [

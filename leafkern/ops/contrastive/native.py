@@ -18,18 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from leafkern.ops._core.launch import unit_columns
 from leafkern.ops._core.native import library
 from leafkern.ops._core.normalize import common_dtype
 from leafkern.ops.contrastive.reference import BLOCK_BYTES, empty_gradient
 
 PIECE_BYTES = 4 << 20
 MOST_ROWS = 256  # of a block: beyond, products gain nothing, and the block leaves the cache
-
-
-def _adjacent(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` as `dtype` with the entries of a row adjacent; itself, if it is so already."""
-    x = x.to(dtype)
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _Columns:
@@ -48,7 +43,7 @@ class _Columns:
             self.flat = self._piece(x)
 
     def _piece(self, x: torch.Tensor) -> torch.Tensor:
-        return _adjacent(x, self.dtype).reshape(-1, x.shape[-1])
+        return unit_columns(x.to(self.dtype)).reshape(-1, x.shape[-1])
 
     def pieces(self, entries: slice) -> Iterator[tuple[int, torch.Tensor]]:
         """(number of the first row, these entries of rows)"""
@@ -148,12 +143,12 @@ def _loss(
     for start in range(0, queries.shape[0], size):
         rows = slice(start, min(start + size, queries.shape[0]))
         count = rows.stop - start
-        x = _adjacent(queries[rows], dtype)
+        x = unit_columns(queries[rows].to(dtype))
         inverse_x, row_sums = empty(widths, count), empty(widths, count, dtype=torch.float64)
         of_rows = matrix(x, inverse_x, count)
         module.inverse_norms(of_rows, dims)
         if number:
-            y, mine = _adjacent(own[rows], dtype), empty(3, widths, count, number)
+            y, mine = unit_columns(own[rows].to(dtype)), empty(3, widths, count, number)
             raw, inverse_y, weights = (part.data_ptr() for part in mine)
             of_own = (y.data_ptr(), number, y.stride(0), y.stride(1), raw, inverse_y, weights)
             module.own_products(of_rows, dims, (*of_own, 0, 0, 0, 0))

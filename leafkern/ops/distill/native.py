@@ -130,13 +130,13 @@ class _Batch:
         # Norms of the whole rows first, for the cosine loss.
         self.first = int(dims[0] != width)
         widths = [width, *dims] if self.first else dims
-        self.inverse, self.projected = everyone.new_empty(2, len(widths), self.count)
+        self.inverse = everyone.new_empty(len(widths), self.count)
         self.sums = torch.zeros(len(dims), self.count, dtype=torch.float64, device="cpu")
         self.loss = torch.zeros((), dtype=torch.float64, device="cpu")
-        pointers = everyone.data_ptr(), everyone.stride(0), self.inverse.data_ptr(), self.projected.data_ptr()
-        self.module.distill_norms(self.is_double, self.count, width, widths, self.threads, *pointers)
+        matrix = everyone.data_ptr(), self.count, everyone.stride(0), self.inverse.data_ptr(), self.count
+        self.module.inverse_norms((self.is_double, self.threads, *matrix), widths)
         # With a single entry n(x) is a sign, unless it is below the clamp, and its gradient is exactly 0.
-        self.flat = dims[-1] == 1 and not ((self.projected[-1] == 0) & (self.inverse[-1] != 0)).any().item()
+        self.flat = dims[-1] == 1 and not (self.inverse[-1] >= 1e12).any().item()
 
     def similarity(self, weight: float) -> float:
         """The mean squared error of the own rows' cosines over all rows; its gradient, times `weight`, without what
@@ -197,10 +197,9 @@ class _Batch:
             self.threads,
             self.rows.data_ptr() + self.rows.stride(0) * place,
             self.rows.stride(0),
-            self.projected.data_ptr() + of_dims,
+            self.inverse.data_ptr() + of_dims,
             self.sums.data_ptr() + 8 * self.own.start,
             self.inverse.data_ptr() + place,
-            self.projected.data_ptr() + place,
             0 if self.gradient is None else self.gradient.data_ptr(),
         )
         return (self.own.stop - self.own.start - total) / self.count if weight else 0.0
