@@ -196,7 +196,7 @@ def test_opcheck_and_compile():
     assert torch.equal(*gradients)
     torch.library.opcheck(
         torch.ops.leafkern.relative_similarity_loss.default,
-        (student, None, torch.nn.functional.normalize(teacher, dim=1), 0, [6, 2], 0.015, False, 0.0, [True]),
+        (student, None, [torch.nn.functional.normalize(teacher, dim=1)], 0, [6, 2], 0.015, False, 0.0, [True]),
     )
 
 
