@@ -143,6 +143,7 @@ OURS = ["gather", "windows", "positions", "count", "scan", "partition", "query",
 def test_launches(batch, widths, launches):
     arguments = (torch.randn(widths, batch, batch, device="cuda"), torch.randn(batch, batch, device="cuda"))
     relative_scores(*arguments, 0.015, False, 0.0, True)
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         relative_scores(*arguments, 0.015, False, 0.0, True)
         torch.cuda.synchronize()
