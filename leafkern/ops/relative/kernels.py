@@ -29,8 +29,9 @@ of the benchmark's limit take half the time of the instructions, which bind. 3 +
 2 for T, besides torch's.
 
 Working memory per pair (float32): 12 bytes for T (20 with min_gap and ties="reference"), and for each width of a group
-36 in the sort and then up to 38 in the tree, 50 in all; groups of widths are as large as GROUP_BYTES allows. Nothing
-waits for the GPU. No atomics but on integers; a result depends on its inputs alone.
+36 in the sort (48 where torch sorts several rows of less than a million at once, by rows in a second pass) and then up
+to 38 in the tree, 50 in all; groups of widths are as large as GROUP_BYTES allows. Nothing waits for the GPU. No atomics
+but on integers; a result depends on its inputs alone.
 
 Errors: counts are integers. The loss is the sum of P terms in float64, in a tree: its error is at most
 2⁻⁴⁶·(margin + the largest |S - S'|), before it is rounded to the scores' dtype.
@@ -56,8 +57,8 @@ from leafkern.ops.relative.device import (
 
 # Pairs of pairs over all widths up to which they are all compared. From the operation count; not measured.
 BRUTE_WORK = 3 << 30
-# Working memory that a group of more than one width may take, and what a width takes per pair.
-GROUP_BYTES, WIDTH_BYTES = 256 << 20, 38
+# Working memory that a group of more than one width may take, and what a width takes per pair: in torch's sort.
+GROUP_BYTES, WIDTH_BYTES = 256 << 20, 48
 BLOCK = 512
 TILE = {"ROWS": 32, "COLUMNS": 64}
 QUERIES = 32
