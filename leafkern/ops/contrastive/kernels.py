@@ -46,8 +46,7 @@ import torch
 import triton
 
 from leafkern.ops._core.cubin import Shipped
-from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, unit_columns
-from leafkern.ops.attention.kernels import precision
+from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, precision, unit_columns
 from leafkern.ops.contrastive.device import (
     PAIR,
     PAIR_SUM,
