@@ -187,10 +187,9 @@ def test_rows_beyond_two_to_the_31_entries():
     memory = torch.zeros((1 << 31) + near[0].numel(), device="cuda", dtype=torch.float16)
     far = memory.as_strided(near.shape, (1 << 28, 1)).copy_(near)
     rest = (None, None, None, None, 0, 0.1, 0.0, True, None, [512], [1.0], [True, True, False, False])
-    for mine, right in zip(
-        torch.ops.leafkern.info_nce(far, far, *rest), torch.ops.leafkern.info_nce(near, near, *rest), strict=True
-    ):
-        assert torch.equal(mine, right)
+    # Products of the library may be cut otherwise where rows lie apart.
+    found, expected = (torch.ops.leafkern.info_nce(x, x, *rest) for x in (far, near))
+    hold_blocked(found, expected, torch.float16)
 
 
 def test_float64_falls_back(monkeypatch):
