@@ -389,7 +389,8 @@ class _Call:
             for row in range(0, self.rows, high):
                 rows = slice(row, min(row + high, self.rows))
                 blocks = triton.cdiv(rows.stop - row, tile.rows)
-                weight_kernel[blocks * (wide // tile.columns),](**given, first_row=row, first_column=column)
+                across = triton.cdiv(columns.stop - column, tile.columns)
+                weight_kernel[blocks * across,](**given, first_row=row, first_column=column)
                 for k, segment in enumerate(segments):
                     b_weights = weights[k, : rows.stop - row, : columns.stop - column]
                     if q_grad is not None:
