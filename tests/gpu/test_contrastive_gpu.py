@@ -88,6 +88,11 @@ def test_tf32_where_torch_allows_it(monkeypatch):
     hold_blocked(torch.ops.leafkern.info_nce(*tensors, *rest), expected, torch.float32, TF32)
 
 
+def test_sums_stay_float32_where_torch_allows_float16(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", True)
+    hold_contrast(batch(130, 48, 3, 2, torch.float16), temperature=0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [384, 4096])
 def test_memory_of_16k_queries(dtype, width):

@@ -157,12 +157,13 @@ def _rows_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
     """out (+)= a b, summed in float32; `first`: whatever is in out is not looked at."""
     beta = 0 if first else 1
+    # The library has no product of half precision for the interpreter, and none that is summed in float16 into float32.
+    sums_in_half = a.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
-    elif a.is_cuda:
+    elif a.is_cuda and not sums_in_half:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
     else:
-        # The interpreter's.
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
