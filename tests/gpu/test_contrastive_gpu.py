@@ -12,7 +12,7 @@ from contrastive_cases import some_ids
 from contrastive_hold import batch_on, contrast, hold_contrast, hold_labels, labelled_on
 from tolerances import TF32, TOLERANCE
 
-from leafkern.ops import info_nce, soft_label_loss
+from leafkern.ops import info_nce, mix_negatives, soft_label_loss
 from leafkern.ops.contrastive.reference import blocked_info_nce, blocked_soft_label_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("only_triton")]
@@ -163,6 +163,18 @@ def test_the_same_bits_every_time():
     first = step()
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
+
+
+def test_mixes_where_algorithms_must_be_deterministic():
+    # As `poisoned` asks for.
+    queries, _, negatives, _ = batch(40, 48, 5, None)
+    generator, found = torch.Generator("cuda"), []
+    for _ in range(2):
+        mixed = mix_negatives(queries, negatives, listwise=2, generator=generator.manual_seed(3))
+        found.append((mixed.detach(), *torch.autograd.grad(mixed[..., 0].sum(), negatives)))
+    assert found[0][0].shape == (40, 7, 48)
+    assert relative(found[0][0].norm(dim=-1), torch.ones(40, 7)) <= TOLERANCE[torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_opcheck():
