@@ -301,19 +301,6 @@ def test_compiled_equals_eager():
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
-def test_products_of_float32_follow_torch(monkeypatch):
-    from leafkern.ops.attention import kernels
-
-    before = torch.backends.cuda.matmul.fp32_precision
-    try:
-        assert kernels.precision(torch.float32) == "ieee"
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert kernels.precision(torch.float32) == "tf32"
-        assert kernels.precision(torch.float16) == "ieee"
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
 @pytest.mark.parametrize(
     ("dtype", "width", "reason"),
     [

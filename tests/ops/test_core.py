@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from leafkern.errors import BackendError, InputError
-from leafkern.ops._core import backend, checks
+from leafkern.ops._core import backend, checks, launch
 from leafkern.ops._core.native import library
 from leafkern.ops._core.normalize import normalize_rows, normalize_rows_backward
 from leafkern.ops._core.registration import needs_gradient, register, register_loss
@@ -344,3 +344,14 @@ def test_options_may_change_under_compile():
     compiled = torch.compile(scaled_by, backend="aot_eager", fullgraph=True)
     for margin in (0.5, 0.25, 0.125):
         assert torch.equal(compiled(torch.ones(2), margin), torch.full((2,), margin**2))
+
+
+def test_products_of_float32_follow_torch():
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        assert launch.precision(torch.float32) == "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert launch.precision(torch.float32) == "tf32"
+        assert launch.precision(torch.float16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -86,6 +86,12 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def precision(dtype: torch.dtype) -> str:
+    """`input_precision` of products of `dtype`: those of float32 are as torch computes its own."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
 def unit_columns(x: torch.Tensor) -> torch.Tensor:
     """`x` (T, D) itself where the entries of a row are adjacent, whatever the distance of rows; else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -43,7 +43,7 @@ import torch
 import triton
 
 from leafkern.ops._core.cubin import Shipped
-from leafkern.ops._core.launch import next_power_of_2, on_device
+from leafkern.ops._core.launch import next_power_of_2, on_device, precision
 from leafkern.ops.attention import tuning
 from leafkern.ops.attention.device import (
     PLAIN,
@@ -224,12 +224,6 @@ def _constants(width: int, group: int, config: Config, **more) -> dict:
     dim = max(16, next_power_of_2(width))
     blocks = {"ROWS": config.rows, "COLUMNS": config.columns, "HEADS": config.heads, "SHARE": config.share}
     return {"GROUP": group, "WIDTH": width, "DIM": dim, "FAN": FAN} | blocks | more
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are computed: as torch computes its own."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:

@@ -297,7 +297,8 @@ def mix_negatives(
     # One of the others: from the first's place on, one further.
     second = torch.randint(max(number - 1, 1), shape, generator=generator, device=device)
     second = second + (second >= first)
-    # The median of three uniform numbers is distributed as Beta(2, 2).
-    lambdas = torch.rand(*shape, 3, generator=generator, device=device, dtype=torch.float32).median(-1).values
+    # The median of three uniform numbers is distributed as Beta(2, 2). (torch's own also returns places, and is refused
+    # for them on a GPU where algorithms must be deterministic.)
+    lambdas = torch.rand(*shape, 3, generator=generator, device=device, dtype=torch.float32).sort(-1).values[..., 1]
     first, second, lambdas = (drawn.to(negatives.device) for drawn in (first, second, lambdas))
     return autograd.mix_negatives(queries.detach(), negatives, first, second, lambdas, listwise, temperature)

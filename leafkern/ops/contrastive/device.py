@@ -394,7 +394,7 @@ def weight_kernel(
     # A tile of what the rows of either side are multiplied with for the gradient of the other, per segment. `slab`: the
     # entries of a segment's matrix, slab_columns wide.
     wide = rows.to(tl.int64)
-    across = slab_columns // COLUMNS
+    across = tl.cdiv(tl.minimum(slab_columns, columns - first_column), COLUMNS)
     i_down = tl.program_id(0) // across
     i_across = tl.program_id(0) % across
     WIDTHS: tl.constexpr = len(BOUNDS) - 1

@@ -46,8 +46,7 @@ import torch
 import triton
 
 from leafkern.ops._core.cubin import Shipped
-from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, unit_columns
-from leafkern.ops.attention.kernels import precision
+from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, precision, unit_columns
 from leafkern.ops.contrastive.device import (
     PAIR,
     PAIR_SUM,
@@ -158,12 +157,13 @@ def _rows_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
     """out (+)= a b, summed in float32; `first`: whatever is in out is not looked at."""
     beta = 0 if first else 1
+    # The library has no product of half precision for the interpreter, and none that is summed in float16 into float32.
+    sums_in_half = a.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
-    elif a.is_cuda:
+    elif a.is_cuda and not sums_in_half:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
     else:
-        # The interpreter's.
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
@@ -390,7 +390,8 @@ class _Call:
             for row in range(0, self.rows, high):
                 rows = slice(row, min(row + high, self.rows))
                 blocks = triton.cdiv(rows.stop - row, tile.rows)
-                weight_kernel[blocks * (wide // tile.columns),](**given, first_row=row, first_column=column)
+                across = triton.cdiv(columns.stop - column, tile.columns)
+                weight_kernel[blocks * across,](**given, first_row=row, first_column=column)
                 for k, segment in enumerate(segments):
                     b_weights = weights[k, : rows.stop - row, : columns.stop - column]
                     if q_grad is not None:

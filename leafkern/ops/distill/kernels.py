@@ -23,7 +23,7 @@ K = 5), and with several of them the mirrored halves of the weights serve the ro
 sorts all cosines, (2·K + 1)·4·B² bytes with the gradient by them. For batches that are large against the widths
 the D×D form of gram.py takes fewer operations; it is chosen by their count where float64 has matrix units.
 
-Precision. float32 products are IEEE, or TF32 where torch.backends.cuda.matmul.allow_tf32 allows it; half precision
+Precision. float32 products are IEEE, or TF32 where torch.backends.cuda.matmul allows it; half precision
 enters the matrix units as it is, with float32 sums. The gradient's products take float32 weights and rows on both
 sides: weights rounded to bfloat16 would be off by up to 2⁻⁹ each, and by more of what the projections leave of them,
 beside a tolerance of 1e-2. Cosines, errors, weights and norms are float32.
@@ -43,7 +43,15 @@ import torch
 import triton
 
 from leafkern.ops._core.cubin import Shipped
-from leafkern.ops._core.launch import Config, multiprocessors, next_power_of_2, norm_config, on_device, unit_columns
+from leafkern.ops._core.launch import (
+    Config,
+    multiprocessors,
+    next_power_of_2,
+    norm_config,
+    on_device,
+    precision,
+    unit_columns,
+)
 from leafkern.ops.distill.device import (
     alignment_kernel,
     finish_kernel,
@@ -71,12 +79,12 @@ def _norms_constants(widths: Sequence[int]) -> dict:
     return {"ALIGN": math.gcd(16, *widths), "ROWS": 1024 // columns, "COLUMNS": columns}
 
 
-def _scores_constants(dims: Sequence[int], tile: int, half: bool, symmetric: bool, tf32: bool) -> dict:
+def _scores_constants(dims: Sequence[int], tile: int, half: bool, symmetric: bool, precision: str) -> dict:
     """half: x is in half precision, so that its products are those of the matrix units and deep."""
     return {
         "ALIGN": math.gcd(16, *dims),
         "SYMMETRIC": symmetric,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": precision,
         "TILE": tile,
         "DEPTH": 64 if half else 16,
         "TARGET_DEPTH": 16,
@@ -170,7 +178,7 @@ def _scores(
         begin,
         own.start,
         own.stop,
-        **_scores_constants(held.dims, tile, half, symmetric, torch.backends.cuda.matmul.allow_tf32),
+        **_scores_constants(held.dims, tile, half, symmetric, precision(torch.float32)),
         **_scores_options(tile, scores is not None and not half),
     )
 
@@ -471,7 +479,7 @@ def shipped() -> list[Shipped]:
                 (" of ranks", False, ()),
                 (" loss alone", True, ("scores", "teacher_scores")),
             ):
-                constants = _scores_constants(DIMS, tile, half, symmetric, tf32=False)
+                constants = _scores_constants(DIMS, tile, half, symmetric, "ieee")
                 title = f"scores{what} {dtype} tile={tile}"
                 options, programs = _scores_options(tile, not absent and not half), 1 if tile == 64 else 3
                 found.append(_shipped(title, scores_kernel, constants, options, absent, dtype, programs))
