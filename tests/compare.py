@@ -61,6 +61,18 @@ def poisoned_memory():
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+@contextmanager
+def matmul_setting(name, value):
+    """torch.backends.cuda.matmul.<name> is `value`. (pytest's monkeypatch fails to put such settings back.)"""
+    matmul = torch.backends.cuda.matmul
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
 def served_by_another(monkeypatch, call, reason):
     """What `call` returns when it is left alone, with a warning that says `reason`; where LEAFKERN_BACKEND forces the
     backend that can't serve it, it must raise."""

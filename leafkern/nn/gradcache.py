@@ -89,18 +89,20 @@ def cached_backward(
     afterwards = random.state()
     syncs = [no_sync or getattr(encoder, "no_sync", None) for encoder in encoders]
     before = iter(states)
-    for place, (encoder, chunks, leaf) in enumerate(zip(encoders, towers, leaves)):
-        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        rows = zip(leaf.detach().split(sizes[place]), gradient.split(sizes[place]))
-        for number, (chunk, (first, wanted)) in enumerate(zip(chunks, rows)):
-            last = number == len(chunks) - 1 and syncs[place] not in syncs[place + 1 :]
-            quiet = contextlib.nullcontext() if last or syncs[place] is None else syncs[place]()
-            random.restore(next(before))
-            with quiet, torch.enable_grad():
-                again = encoder(chunk)
-                _check_again(place, number, first, again)
-                again.backward(wanted)
-    random.restore(afterwards)
+    try:
+        for place, (encoder, chunks, leaf) in enumerate(zip(encoders, towers, leaves)):
+            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            rows = zip(leaf.detach().split(sizes[place]), gradient.split(sizes[place]))
+            for number, (chunk, (first, wanted)) in enumerate(zip(chunks, rows)):
+                last = number == len(chunks) - 1 and syncs[place] not in syncs[place + 1 :]
+                quiet = contextlib.nullcontext() if last or syncs[place] is None else syncs[place]()
+                random.restore(next(before))
+                with quiet, torch.enable_grad():
+                    again = encoder(chunk)
+                    _check_again(place, number, first, again)
+                    again.backward(wanted)
+    finally:
+        random.restore(afterwards)
     return value.detach()
 
 

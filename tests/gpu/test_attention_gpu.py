@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from compare import matmul_setting
 import torch.nn.functional as F
 from tolerances import TF32, TOLERANCE
 
@@ -165,12 +166,8 @@ def test_autotuned(monkeypatch, width):
 
 
 def test_tf32_where_torch_allows_it():
-    before = torch.backends.cuda.matmul.fp32_precision
-    try:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    with matmul_setting("fp32_precision", "tf32"):
         hold_attention(LENGTHS["ragged"], (4, 2), 64, torch.float32, tolerance=TF32)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_views_of_a_packed_tensor():

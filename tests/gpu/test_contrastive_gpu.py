@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from compare import relative
+from compare import matmul_setting, relative
 from contrastive_cases import some_ids
 from contrastive_hold import batch_on, contrast, hold_contrast, hold_labels, labelled_on
 from tolerances import TF32, TOLERANCE
@@ -80,17 +80,17 @@ def test_soft_labels_of_a_large_batch(dtype):
     hold_blocked(found, blocked_soft_label_loss(*(x.double() for x in tensors), *rest), dtype)
 
 
-def test_tf32_where_torch_allows_it(monkeypatch):
+def test_tf32_where_torch_allows_it():
     tensors = [x.detach() for x in batch(300, 384, None, None)]
     rest = (None, None, 0, 0.5, 0.0, True, None, [384], [1.0], [True, True, False, False])
     expected = blocked_info_nce(*(None if x is None else x.double() for x in tensors), *rest)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    hold_blocked(torch.ops.leafkern.info_nce(*tensors, *rest), expected, torch.float32, TF32)
+    with matmul_setting("fp32_precision", "tf32"):
+        hold_blocked(torch.ops.leafkern.info_nce(*tensors, *rest), expected, torch.float32, TF32)
 
 
-def test_sums_stay_float32_where_torch_allows_float16(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", True)
-    hold_contrast(batch(130, 48, 3, 2, torch.float16), temperature=0.1)
+def test_sums_stay_float32_where_torch_allows_float16():
+    with matmul_setting("allow_fp16_accumulation", True):
+        hold_contrast(batch(130, 48, 3, 2, torch.float16), temperature=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

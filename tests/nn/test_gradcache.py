@@ -264,3 +264,23 @@ def test_ranks_equal_one_process(tmp_path):
             torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0)
             torch.testing.assert_close(grad, gradients(exact), rtol=1e-10, atol=1e-13)
             assert exchanges == 1
+
+
+def test_a_second_pass_that_fails_leaves_the_random_numbers_in_order():
+    calls = []
+
+    def encode(x):
+        calls.append(x)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return x * torch.rand(4, dtype=x.dtype) * weight
+
+    weight = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    chunks = torch.randn(6, 4, dtype=torch.float64).split(3)
+    torch.manual_seed(3)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cached_backward(encode, [chunks], lambda x: x.square().sum())
+    after = torch.rand(2)
+    torch.manual_seed(3)
+    torch.rand(2, 4, dtype=torch.float64)
+    assert torch.equal(after, torch.rand(2))

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from compare import matmul_setting
 
 from leafkern.errors import BackendError, InputError
 from leafkern.ops._core import backend, checks, launch
@@ -347,11 +348,7 @@ def test_options_may_change_under_compile():
 
 
 def test_products_of_float32_follow_torch():
-    before = torch.backends.cuda.matmul.fp32_precision
-    try:
-        assert launch.precision(torch.float32) == "ieee"
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert launch.precision(torch.float32) == "ieee"
+    with matmul_setting("fp32_precision", "tf32"):
         assert launch.precision(torch.float32) == "tf32"
         assert launch.precision(torch.float16) == "ieee"
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
