@@ -8,8 +8,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from compare import matmul_setting
 import torch.nn.functional as F
+from compare import matmul_setting
 from tolerances import TF32, TOLERANCE
 
 pytest.importorskip("triton")
