@@ -478,13 +478,12 @@ def findings(document: dict) -> list[str]:
 def picture(document: dict, task: str) -> Section:
     """The figures of every seed at both widths, float32, means joined."""
     config = document["config"]
-    systems = [(one["system"], [one]) for one in document["references"] if one["system"] == "teacher"]
     series = []
-    for name, runs in [*systems, *((arm.name, runs_of(document, arm)) for arm in ARMS)]:
-        found = {dim: values(runs, task, dim, "float32") for dim in config["dims"]}
-        points = [Point(dim, value, note=f"{name}, {dim}: {value:.4f}") for dim in found for value in found[dim]]
+    for arm in ARMS:
+        found = {dim: values(runs_of(document, arm), task, dim, "float32") for dim in config["dims"]}
+        points = [Point(dim, value, note=f"{arm.name}, {dim}: {value:.4f}") for dim in found for value in found[dim]]
         line = [(dim, statistics.fmean(numbers)) for dim, numbers in sorted(found.items())]
-        series.append(Series(name, points, line))
+        series.append(Series(arm.name, points, line))
     what = "nDCG@10" if task == "SciFact" else "Spearman"
     plot = scatter(series, x="numbers per vector", y=what, log_x=True, x_ticks=sorted(config["dims"]))
     return Section(task, [plot, "Each point is one seed; lines join the means. float32."])
@@ -557,7 +556,7 @@ other queries, pairs or students.
 {held_out_table(document)}
 
 {document["date"]}, {run_machine["cpu"]}, one thread. One student, one teacher, {config["seconds"]:g} s: nothing here
-says what longer training, a larger batch or several teachers would show.
+says what longer training, a larger batch, several teachers or a rate of its own for each arm would show.
 """
     with atomic_file(output / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
