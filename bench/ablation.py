@@ -18,6 +18,7 @@ import math
 import os
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
@@ -462,8 +463,8 @@ def findings(document: dict) -> list[str]:
             said = verdict(*(values(some, task, dim, "float32") for some in runs))
             mean, side = said.split(", ")
             (inside if side == "inside" else apart).append(f"{task} at {dim} ({mean})")
-        parts = [f"every seed apart for {', '.join(apart)}"] if apart else []
-        parts += [f"inside the spread of the seeds for {', '.join(inside)}"] if inside else []
+        parts = [f"the seeds lie apart for {', '.join(apart)}"] if apart else []
+        parts += [f"inside their spread for {', '.join(inside)}"] if inside else []
         found.append(f"{title[0].upper()}{title[1:]}: {'; '.join(parts)}.")
     lost = []
     for arm, task, dim in itertools.product(ARMS, ("SciFact", "STS-B"), config["dims"]):
@@ -558,8 +559,9 @@ other queries, pairs or students.
 {document["date"]}, {run_machine["cpu"]}, one thread. One student, one teacher, {config["seconds"]:g} s: nothing here
 says what longer training, a larger batch, several teachers or a rate of its own for each arm would show.
 """
+    parts = [part if part[0] in "#|-" else textwrap.fill(part, 120) for part in text.strip().split("\n\n")]
     with atomic_file(output / "report.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     page = render(lead, [picture(document, task) for task in ("SciFact", "STS-B")])
     with atomic_file(output / "picture.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
