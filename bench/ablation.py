@@ -18,6 +18,7 @@ import math
 import os
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
@@ -462,8 +463,8 @@ def findings(document: dict) -> list[str]:
             said = verdict(*(values(some, task, dim, "float32") for some in runs))
             mean, side = said.split(", ")
             (inside if side == "inside" else apart).append(f"{task} at {dim} ({mean})")
-        parts = [f"every seed apart for {', '.join(apart)}"] if apart else []
-        parts += [f"inside the spread of the seeds for {', '.join(inside)}"] if inside else []
+        parts = [f"the seeds lie apart for {', '.join(apart)}"] if apart else []
+        parts += [f"inside their spread for {', '.join(inside)}"] if inside else []
         found.append(f"{title[0].upper()}{title[1:]}: {'; '.join(parts)}.")
     lost = []
     for arm, task, dim in itertools.product(ARMS, ("SciFact", "STS-B"), config["dims"]):
@@ -478,13 +479,12 @@ def findings(document: dict) -> list[str]:
 def picture(document: dict, task: str) -> Section:
     """The figures of every seed at both widths, float32, means joined."""
     config = document["config"]
-    systems = [(one["system"], [one]) for one in document["references"] if one["system"] == "teacher"]
     series = []
-    for name, runs in [*systems, *((arm.name, runs_of(document, arm)) for arm in ARMS)]:
-        found = {dim: values(runs, task, dim, "float32") for dim in config["dims"]}
-        points = [Point(dim, value, note=f"{name}, {dim}: {value:.4f}") for dim in found for value in found[dim]]
+    for arm in ARMS:
+        found = {dim: values(runs_of(document, arm), task, dim, "float32") for dim in config["dims"]}
+        points = [Point(dim, value, note=f"{arm.name}, {dim}: {value:.4f}") for dim in found for value in found[dim]]
         line = [(dim, statistics.fmean(numbers)) for dim, numbers in sorted(found.items())]
-        series.append(Series(name, points, line))
+        series.append(Series(arm.name, points, line))
     what = "nDCG@10" if task == "SciFact" else "Spearman"
     plot = scatter(series, x="numbers per vector", y=what, log_x=True, x_ticks=sorted(config["dims"]))
     return Section(task, [plot, "Each point is one seed; lines join the means. float32."])
@@ -557,10 +557,11 @@ other queries, pairs or students.
 {held_out_table(document)}
 
 {document["date"]}, {run_machine["cpu"]}, one thread. One student, one teacher, {config["seconds"]:g} s: nothing here
-says what longer training, a larger batch or several teachers would show.
+says what longer training, a larger batch, several teachers or a rate of its own for each arm would show.
 """
+    parts = [part if part[0] in "#|-" else textwrap.fill(part, 120) for part in text.strip().split("\n\n")]
     with atomic_file(output / "report.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     page = render(lead, [picture(document, task) for task in ("SciFact", "STS-B")])
     with atomic_file(output / "picture.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
