@@ -99,11 +99,12 @@ def info_nce(
     Value and gradient are computed together, for one block of queries at a time: the similarities of a block against
     all columns are the only ones that exist (`reference.BLOCK_BYTES`), and no mask outlives its block. On the CPU
     nothing else is as large as an argument: half-precision ones are converted in pieces, and all widths cost the
-    products of one. Beyond arguments and gradients that is 21 MiB at B = 16,384, whatever D is (five widths: 37; from
-    bfloat16: 45). Triton forms tiles of similarities, and stores weights of the gradients' products 32 MiB at a time:
-    counted, 36 MiB there in bfloat16. Gradients are in at least float32, and once: the backward pass scales them where
-    they are, unless the graph is kept or an argument is in half precision. Backends: Triton (CUDA); native (CPU);
-    reference, which copies half-precision arguments, joins positives and negatives, and forms their unit vectors.
+    products of one. A step at B = 16,384 takes 42 MiB beyond arguments and gradients, whatever D and the widths are
+    (from bfloat16: 51, and the gradients in float32 until the backward pass has rounded them). Triton forms tiles of
+    similarities, and stores weights of the gradients' products 32 MiB at a time: counted, 36 MiB there in bfloat16.
+    Gradients are in at least float32, and once: the backward pass scales them where they are, unless the graph is kept
+    or an argument is in half precision. Backends: Triton (CUDA); native (CPU); reference, which copies half-precision
+    arguments, joins positives and negatives, and forms their unit vectors.
     gather: "ranks" = the loss of the global batch on every rank: positives, negatives and ids of all ranks are columns
     of each, queries and mixed stay where they are. All ranks must give the same arguments (of any number of rows, also
     0) and run the backward pass if one does; not under torch.compile.

@@ -24,7 +24,7 @@ from leafkern.ops._core.normalize import common_dtype
 from leafkern.ops.contrastive.reference import BLOCK_BYTES, empty_gradient
 
 PIECE_BYTES = 4 << 20
-MOST_ROWS = 256  # of a block: beyond, products gain nothing, and the block leaves the cache
+MOST_ROWS = 512  # of a block: beyond, products gain nothing, and the block leaves the cache
 
 
 class _Columns:
