@@ -196,6 +196,13 @@ def test_a_graph_that_is_kept_keeps_its_gradient():
     torch.testing.assert_close(x.grad, 14 * x.detach())
 
 
+def test_a_batch_of_incoming_gradients():
+    x, factors = torch.randn(3, 4, requires_grad=True), torch.tensor([1.0, -2.0, 5.0])
+    loss = square(x, None, [True, False])[0]
+    (found,) = torch.autograd.grad(loss, x, factors, is_grads_batched=True)
+    torch.testing.assert_close(found, 2 * factors[:, None, None] * x.detach())
+
+
 def test_gradients_that_nobody_wants_are_not_made():
     x, y = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4)
     assert needs_gradient(x, y, None) == [True, False, False]

@@ -144,7 +144,7 @@ def register_loss(schema: str, implementation: Callable, fake: Callable, *, diff
         return scaled(ctx, grad, spend=False)
 
     def eager_backward(ctx, grad, *_):
-        return scaled(ctx, grad, spend=not (ctx.graph_wanted or _graph_is_kept()))
+        return scaled(ctx, grad, spend=not ctx.graph_wanted and _last_and_single(grad))
 
     name = schema.partition("(")[0].strip()
     return register(
@@ -152,10 +152,14 @@ def register_loss(schema: str, implementation: Callable, fake: Callable, *, diff
     )
 
 
-def _graph_is_kept() -> bool:
-    """Whether this backward pass leaves the graph for another one; True where torch does not say."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or ask()
+def _last_and_single(grad: torch.Tensor | None) -> bool:
+    """Whether this backward pass is the graph's last, and for one number, not a batch (is_grads_batched=True)."""
+    try:
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        return not kept and grad is not None and not torch._C._functorch.is_legacy_batchedtensor(grad)
+    except AttributeError:
+        # Torch's own names, which another version may lack: then nothing is overwritten.
+        return False
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> list[bool]:
