@@ -11,7 +11,8 @@ import torch
 from leafkern.encode import Encoder
 from leafkern.errors import InputError, unknown_name
 from leafkern.evaluate import prompt_for
-from leafkern.manifest import PRECISIONS
+from leafkern.index.manifest import PRECISIONS
+from leafkern.index.vectors import Rows
 from leafkern.ops import quantize
 from leafkern.textio import (
     BLOCK_ROWS,
@@ -24,7 +25,6 @@ from leafkern.textio import (
     suffix,
     vector_writer,
 )
-from leafkern.vectors import Rows
 
 Progress = Callable[[str, int, int], None]
 

@@ -14,11 +14,11 @@ import torch
 from leafkern import __version__
 from leafkern.encode import Encoder
 from leafkern.errors import InputError, unknown_name
-from leafkern.manifest import PRECISIONS, RESCORE_PRECISIONS, code_bytes
+from leafkern.index.manifest import PRECISIONS, RESCORE_PRECISIONS, code_bytes
+from leafkern.index.vectors import matrix
 from leafkern.ops import dequantize, quantize, search
 from leafkern.ops._core.normalize import normalize_rows
 from leafkern.textio import field_of, iter_lines, iter_objects
-from leafkern.vectors import matrix
 
 # "A+B": A is scanned, the best candidates are scored again with B.
 DEFAULT_PRECISIONS = ("float32", "int8", "int4", "binary", "binary+int8")

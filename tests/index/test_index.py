@@ -84,7 +84,7 @@ def test_blocks_give_the_same_file_content(tmp_path):
 
 
 def test_too_large_values_are_named_among_all_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("leafkern.vectors._BLOCK_VALUES", 240)
+    monkeypatch.setattr("leafkern.index.vectors._BLOCK_VALUES", 240)
     x = unit(230).astype(np.float64)
     for value, message in ((1e5, "vectors: row 157 does not fit float16"), (1e39, "vectors: row 157 holds NaN or inf")):
         x[157, 3] = value
@@ -359,7 +359,7 @@ def test_disk_full_in_the_middle_of_a_segment(tmp_path, monkeypatch, room):
             written.append(super().write(data))
 
     with monkeypatch.context() as patch:
-        patch.setattr("leafkern.segment.open", SmallDisk, raising=False)
+        patch.setattr("leafkern.index.segment.open", SmallDisk, raising=False)
         for path, work in (("i", lambda: index.add(x)), ("new", lambda: Index.build(tmp_path / "new", x))):
             written.clear()
             with pytest.raises(OSError, match="No space left"):

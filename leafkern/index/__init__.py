@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from leafkern import segment as segments
 from leafkern.errors import DamagedFileError, InputError
 from leafkern.files import confined, make_folder, remove_leftovers, write_json, writing
-from leafkern.manifest import (
+from leafkern.index import segment as segments
+from leafkern.index.manifest import (
     FORMAT,
     MANIFEST,
     PRECISIONS,
@@ -33,11 +33,11 @@ from leafkern.manifest import (
     query_fingerprint,
     read_manifest,
 )
+from leafkern.index.segment import Column
+from leafkern.index.vectors import Rows, float32, id_array, matrix
 from leafkern.ops import Quantized, quantize, search
 from leafkern.ops.quantization import code_width
-from leafkern.segment import Column
 from leafkern.textio import check_finite, is_unicode
-from leafkern.vectors import Rows, float32, id_array, matrix
 
 __all__ = ["PRECISIONS", "RESCORE_PRECISIONS", "ClippedWarning", "Index"]
 
