@@ -2,7 +2,8 @@
 
 A student of two layers learns from all-MiniLM-L6-v2 by cosine, by cosine and similarity, and by all three losses, each
 with prefix heads (one Dense, whose first numbers are the narrow vector) and with independent heads (one Dense for each
-width). Figures on SciFact and STS-B go to bench/results/ablation/: ablation.json, report.md and picture.html.
+width). Figures on SciFact and STS-B go to bench/results/ablation/: ablation.json and report.md. A picture of them is
+drawn in the folder of --work.
 
     LEAFKERN_DATA=FOLDER OMP_NUM_THREADS=1 python -m bench.ablation [--seconds 75] [--seeds 3] [--help]
 
@@ -50,11 +51,12 @@ from leafkern.train.teacher import ModelTeacher
 
 from .machine import commit, machine, results_folder, versions
 
+TITLE = "What similarity and resim add at equal time"
 MARGIN = 0.015
 PRECISIONS = ("float32", "int8")
 HEAD_ROWS, RIDGE = 8192, 0.03  # of the regression that gives every student its first head, as train.recipe has them
-# The rate rises over this share of the time and then falls to this share of itself.
-WARM_UP, FINAL = 0.05, 0.1
+# The rate begins as if START of the time were over, rises to WARM_UP of it, and falls to FINAL of itself at the end.
+START, WARM_UP, FINAL = 0.01, 0.04, 0.1
 PILOT_ARMS, PILOT_SEED = (0, 3), 1000
 
 
@@ -153,7 +155,7 @@ class Training:
         share = min(self.used / self.seconds, 1.0)
         for group in self.optimiser.param_groups:
             # The rate follows the time, so that every arm has the whole schedule whatever its number of steps.
-            group["lr"] = self.rate * min(1.0, (share + 0.01) / WARM_UP) * (1 - (1 - FINAL) * share)
+            group["lr"] = self.rate * min(1.0, (share + START) / (WARM_UP + START)) * (1 - (1 - FINAL) * share)
         rows = self.stream[self.step]
         outputs = self.student([self.data.tokens[row] for row in rows])
         loss = loss_of(outputs, self.data.targets[torch.from_numpy(rows)], self.arm.weights, self.dims)
@@ -327,7 +329,8 @@ def run(config: dict, model: Path, folder: Path, work: Path, output: Path, comma
     document = opened(path, config, command)
     if len(document["runs"]) < len(ARMS) * config["seeds"]:
         measure(document, config, model, folder, work, path)
-    write_report(document, output)
+    write_report(document, output / "report.md")
+    draw(document, work / "picture.html")
 
 
 def measure(document: dict, config: dict, model: Path, folder: Path, work: Path, path: Path) -> None:
@@ -452,28 +455,16 @@ def held_out_table(document: dict) -> str:
     return table(["held-out term", *names], rows)
 
 
-def findings(document: dict) -> list[str]:
-    """What the comparisons say, in words: only where the seeds of two arms do not overlap is there a difference."""
+def cost_of_int8(document: dict) -> str:
+    """The extremes over arms, tasks and widths."""
     config = document["config"]
-    found = []
-    for title, ours, theirs in COMPARISONS:
-        apart, inside = [], []
-        for task, dim in itertools.product(("SciFact", "STS-B"), config["dims"]):
-            runs = [runs_of(document, ARMS[number]) for number in (ours, theirs)]
-            said = verdict(*(values(some, task, dim, "float32") for some in runs))
-            mean, side = said.split(", ")
-            (inside if side == "inside" else apart).append(f"{task} at {dim} ({mean})")
-        parts = [f"the seeds lie apart for {', '.join(apart)}"] if apart else []
-        parts += [f"inside their spread for {', '.join(inside)}"] if inside else []
-        found.append(f"{title[0].upper()}{title[1:]}: {'; '.join(parts)}.")
     lost = []
     for arm, task, dim in itertools.product(ARMS, ("SciFact", "STS-B"), config["dims"]):
         plain, coded = (values(runs_of(document, arm), task, dim, precision) for precision in PRECISIONS)
         lost.append((statistics.fmean(b - a for a, b in zip(plain, coded)), f"{arm.name}, {task} at {dim}"))
     low, high = min(lost), max(lost)
     extremes = " and ".join(f"{change:+.4f} ({where})" for change, where in (low, high))
-    found.append(f"int8 for float32: between {extremes}, means over seeds.")
-    return found
+    return f"int8 for float32: between {extremes}, means over seeds."
 
 
 def picture(document: dict, task: str) -> Section:
@@ -490,6 +481,13 @@ def picture(document: dict, task: str) -> Section:
     return Section(task, [plot, "Each point is one seed; lines join the means. float32."])
 
 
+def draw(document: dict, path: Path) -> None:
+    page = render(TITLE, [picture(document, task) for task in ("SciFact", "STS-B")])
+    with atomic_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    say(f"ablation: drawn: {path}")
+
+
 def own_rates(chosen: dict) -> str:
     """What each arm of the pilot would have taken by itself."""
     best = []
@@ -499,17 +497,17 @@ def own_rates(chosen: dict) -> str:
     return f"By itself each would have taken: {'; '.join(best)}." if best else ""
 
 
-def write_report(document: dict, output: Path) -> None:
-    config, run_machine = document["config"], document["machine"]
+def write_report(document: dict, path: Path) -> None:
+    config = document["config"]
     chosen = document["pilot"]
     tried = ", ".join(f"{rate:g}" for rate in config["rates"])
     wide, narrow = config["dims"]
     times = [one["cpu_s"] for one in document["runs"]]
     most = max(one["steps"] for one in document["runs"]) * config["batch"]
-    lead = "What similarity and resim add at equal time"
-    text = f"""# {lead}
+    commits = ", ".join(sorted({str(one["commit"])[:7] for one in document["runs"]}))
+    text = f"""# {TITLE}
 
-Written by `bench/ablation.py`; figures of every run, machine and versions: `ablation.json`; drawn: `picture.html`.
+Written by `bench/ablation.py`; figures of every run, machine and versions: [ablation.json](ablation.json).
 
 **Set-up.** Teacher: {config["teacher"]}. Student: its layers {", ".join(map(str, config["layers"]))} under a head
 without bias, first regressed on the teacher's vectors. Every arm begins from this same student (a narrow independent
@@ -550,21 +548,19 @@ other queries, pairs or students.
 
 {comparison_table(document)}
 
-{chr(10).join(f"- {finding}" for finding in findings(document))}
+{cost_of_int8(document)}
 
 ## Terms on {config["held_out"]:,} held-out texts, means over seeds
 
 {held_out_table(document)}
 
-{document["date"]}, {run_machine["cpu"]}, one thread. One student, one teacher, {config["seconds"]:g} s: nothing here
+{document["date"]}, commit {commits}, {document["machine"]["cpu"]}, one thread. One student, one teacher,
+{config["seconds"]:g} s: nothing here
 says what longer training, a larger batch, several teachers or a rate of its own for each arm would show.
 """
     parts = [part if part[0] in "#|-" else textwrap.fill(part, 120) for part in text.strip().split("\n\n")]
-    with atomic_file(output / "report.md") as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    page = render(lead, [picture(document, task) for task in ("SciFact", "STS-B")])
-    with atomic_file(output / "picture.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -163,7 +163,8 @@ def _ours(options: Options, inputs: Inputs) -> Callable:
 def _sentence_transformers() -> object | None:
     """The module with sentence-transformers' losses, or None."""
     for name in ("sentence_transformers.sentence_transformer", "sentence_transformers"):
-        if importlib.util.find_spec("sentence_transformers") and importlib.util.find_spec(f"{name}.losses"):
+        # Asked for a module of a package that is not there, find_spec raises.
+        if importlib.util.find_spec("sentence_transformers") and importlib.util.find_spec(name):
             return importlib.import_module(f"{name}.losses")
     return None
 
@@ -267,9 +268,7 @@ def _case(kind: str, batch: int, width: int, device: str, dtype: str, peers: boo
         contestants.append(contestant("torch, checkpointed chunks", _chunked))
         if kind in ("in batch", "7 negatives") and _sentence_transformers() is not None:
             contestants.append(contestant("sentence-transformers", _ranking))
-            contestants.append(
-                _contestant("sentence-transformers, cached", _cached_ranking, sets, options, dtype, slack=10)
-            )
+            contestants.append(_contestant("sentence-transformers, cached", _cached_ranking, sets, options, dtype))
         if kind == "in batch" and device == "cuda" and importlib.util.find_spec("liger_kernel"):
             contestants.append(contestant("Liger fused linear cross-entropy", _liger))
     rates = ("bf16_gemm",) if dtype == "bfloat16" else ("fp32_fma", "fp32_gemm")

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "common/pool.h"
+#include "common/each.h"
 
 namespace leafkern {
 namespace {
@@ -21,17 +21,6 @@ int64_t stripes(const DistillBlock& block) {
 }
 
 int64_t sums_of_stripe(const DistillBlock& block) { return 1 + block.widths * block.rows; }
-
-template <typename Arguments>
-struct ByRows {
-    void (*step)(const Arguments&, int64_t, int64_t);
-    const Arguments& arguments;
-
-    static void run(void* context, int64_t index, int) {
-        const ByRows& self = *static_cast<ByRows*>(context);
-        self.step(self.arguments, index * kRows, std::min((index + 1) * kRows, self.arguments.count));
-    }
-};
 
 struct ByStripes {
     const DistillSteps& steps;
@@ -67,13 +56,13 @@ void distill_block(const DistillSteps& steps, const DistillBlock& block, double*
 }
 
 void distill_finish(const DistillSteps& steps, const DistillFinish& arguments, int threads) {
-    ByRows<DistillFinish> rows{steps.finish, arguments};
-    parallel(threads, pieces(arguments.count, kRows), rows.run, &rows);
+    each(threads, arguments.count, kRows, arguments.width,
+         [&](int64_t begin, int64_t end) { steps.finish(arguments, begin, end); });
 }
 
 void distill_align(const DistillSteps& steps, const DistillAlign& arguments, int threads) {
-    ByRows<DistillAlign> rows{steps.align, arguments};
-    parallel(threads, pieces(arguments.count, kRows), rows.run, &rows);
+    each(threads, arguments.count, kRows, 2 * arguments.width,
+         [&](int64_t begin, int64_t end) { steps.align(arguments, begin, end); });
 }
 
 }  // namespace leafkern

@@ -67,7 +67,7 @@ def test_all_figures_are_written_and_finished_runs_are_kept(ablation, data, tiny
     assert len(document["summary"]) == 5 * 8
     report = (tmp_path / "out" / "report.md").read_text()
     assert all(f"| {arm.name} |" in report for arm in ablation.ARMS)
-    assert "<svg" in (tmp_path / "out" / "picture.html").read_text()
+    assert "<svg" in (tmp_path / "work" / "picture.html").read_text()
 
     # As if it had been stopped before the last run's evaluation.
     last = document["runs"].pop()

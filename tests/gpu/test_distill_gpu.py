@@ -173,14 +173,14 @@ def arguments(rows, width, dims, weights, wanted, dtype=torch.float32):
 
 # A product may take two launches: of split sums, and their joining.
 @pytest.mark.parametrize(("wanted", "most"), [(True, 5 + 2 * len(MRL)), (False, 3)])
-def test_few_launches(monkeypatch, only_triton, wanted, most):
+def test_few_launches(wanted, most):
     given = arguments(1024, 1024, MRL, WITHOUT_RELATIVE, wanted)
     torch.use_deterministic_algorithms(False)
     # The cosine term's value takes part in finish.
     assert kernels_launched(lambda: DISTILL(*given)) <= most + (not wanted)
 
 
-def test_few_launches_of_alignment(only_triton):
+def test_few_launches_of_alignment():
     student, (teacher,) = drawn(1000, 1024)
     torch.use_deterministic_algorithms(False)
     arguments = student.detach(), teacher, None, KINDS.index("l2"), True, [True, False]

@@ -12,10 +12,17 @@ from leafkern.ops.contrastive import native
 from leafkern.ops.contrastive.reference import blocked_info_nce, blocked_soft_label_loss, empty_gradient
 
 
-def _backend(*tensors):
-    present = [x for x in tensors if x is not None]
-    dtypes = [x.dtype for x in present]
-    return choose("contrastive", launch.candidates("contrastive", present[0].device, *dtypes, native=unavailable))
+def _forms(*tensors):
+    """info_nce and soft_label_loss of the backend that serves these tensors."""
+    dtypes = [x.dtype for x in tensors if x is not None]
+    backend = choose("contrastive", launch.candidates("contrastive", tensors[0].device, *dtypes, native=unavailable))
+    if backend == "triton":
+        from leafkern.ops.contrastive import kernels
+
+        return kernels.info_nce, kernels.soft_label_loss
+    if backend == "native":
+        return native.info_nce, native.soft_label_loss
+    return blocked_info_nce, blocked_soft_label_loss
 
 
 def _loss_fake(differentiable, constants, needs):
@@ -25,13 +32,8 @@ def _loss_fake(differentiable, constants, needs):
 
 
 def _info_nce(queries, positives, negatives, mixed, *rest):
-    backend = _backend(queries, positives, negatives, mixed)
-    if backend == "triton":
-        from leafkern.ops.contrastive import kernels
-
-        return kernels.info_nce(queries, positives, negatives, mixed, *rest)
-    function = native.info_nce if backend == "native" else blocked_info_nce
-    return function(queries, positives, negatives, mixed, *rest)
+    form, _ = _forms(queries, positives, negatives, mixed)
+    return form(queries, positives, negatives, mixed, *rest)
 
 
 def _info_nce_fake(queries, positives, negatives, mixed, *rest):
@@ -49,13 +51,8 @@ info_nce = register_loss(
 
 
 def _soft_label_loss(queries, candidates, teacher_scores, *rest):
-    backend = _backend(queries, candidates, teacher_scores)
-    if backend == "triton":
-        from leafkern.ops.contrastive import kernels
-
-        return kernels.soft_label_loss(queries, candidates, teacher_scores, *rest)
-    function = native.soft_label_loss if backend == "native" else blocked_soft_label_loss
-    return function(queries, candidates, teacher_scores, *rest)
+    _, form = _forms(queries, candidates, teacher_scores)
+    return form(queries, candidates, teacher_scores, *rest)
 
 
 def _soft_label_loss_fake(queries, candidates, teacher_scores, *rest):

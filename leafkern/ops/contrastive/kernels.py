@@ -16,7 +16,7 @@ the negatives, which are never joined. `row_kernel` joins the parts and the quer
 loss (focal weight in log space) and what the weights are made of. Then, chunk by chunk of rows and columns,
 `weight_kernel` forms the products again and writes W, and the library multiplies it with the rows of both sides and
 adds in float32. So weights *are* stored, CHUNK_BYTES at a time: a product of the library over a chunk of them, which
-stays in the cache of a large GPU, beats forming them once for each side inside a kernel of our own, 10·B·N·D.
+stays in the cache of a large GPU, is less work than forming them once for each side in a kernel of our own, 10·B·N·D.
 `finish_kernel` adds the own positive's part, exactly and in float32, and projects. Soft labels: the same, with
 `teacher_kernel` for the teacher's softmax; candidates of one query alone are own columns, without tiles.
 No atomics: a result depends on nothing but its inputs and the number of multiprocessors. The host waits for nothing.
@@ -32,8 +32,9 @@ MiB, at any D. Rows may lie apart; where the entries of a row are not adjacent, 
 differ in dtype, a tensor is copied.
 
 Numerics. Products, sums and exponentials are float32, the products of float32 IEEE unless
-torch.backends.cuda.matmul allows tf32. W is rounded to the dtype of the rows: in bfloat16 a relative 2^-9 for each
-column's weight, in float16 2^-12, but for the own positive's; float16 is scaled so that the largest weight fits.
+torch.backends.cuda.matmul allows tf32. W is rounded to the dtype of the rows: in bfloat16 by a relative 2^-8 at the
+most, in float16 2^-11, but not the own positive's; sums over widths twice. float16 is scaled so that the largest weight
+fits.
 Addresses are 64-bit.
 """
 
@@ -251,27 +252,17 @@ class _Call:
                 self._chunks(side, state, unit, q_grad, first)
                 first = False
         if q_grad is not None:
-            pairs, sums = state[PAIR], state[SUM]
+            launches = []
             if self.own is not None:
-                # The last of two launches divides by the unit and takes away what lies along the row.
-                last = positives is None
-                given = {"sums": sums, "inverse": self.q_inverse, "unit": unit} if last else {}
-                self._finish(
-                    q_grad, queries, partner=self.own, pairs=own_pairs, count=self.number, add=not first, **given
-                )
+                by_own = {"partner": self.own, "pairs": own_pairs, "of_partner": True, "count": self.number}
+                launches.append(by_own | {"add": not first})
             if positives is not None:
-                self._finish(
-                    q_grad,
-                    queries,
-                    partner=positives.x,
-                    pairs=pairs,
-                    offset=positives.first_own,
-                    inverse=self.q_inverse,
-                    sums=sums,
-                    unit=unit,
-                )
-            elif self.own is None:
-                self._finish(q_grad, queries, inverse=self.q_inverse, sums=sums, unit=unit)
+                launches.append({"partner": positives.x, "pairs": state[PAIR], "offset": positives.first_own})
+            launches = launches or [{}]
+            # The last one divides by the unit and takes away what lies along the row.
+            launches[-1] |= {"inverse": self.q_inverse, "sums": state[SUM], "unit": unit}
+            for given in launches:
+                self._finish(q_grad, queries, **given)
         if own_grad is not None:
             self._finish(
                 own_grad,
@@ -421,10 +412,10 @@ class _Call:
         group: int = 1,
         count: int = 1,
         add: bool = True,
-        of_partner: bool | None = None,
+        of_partner: bool = False,
     ) -> None:
         rows = slice(0, len(x)) if rows is None else rows
-        constants = _finish_constants(self.bounds, add, count > 1 if of_partner is None else of_partner)
+        constants = _finish_constants(self.bounds, add, of_partner)
         sums = sums if sums is None or sums.ndim == 3 else sums[None]
         finish_kernel[triton.cdiv(rows.stop - rows.start, constants["ROWS"]),](
             grad,
@@ -464,9 +455,7 @@ def chunk(rows: int, columns: int, widths: int, size: int, tile: Tile) -> tuple[
 
 
 def _finish_constants(bounds: tuple[int, ...], add: bool, of_partner: bool) -> dict:
-    widest = max(high - low for low, high in itertools.pairwise(bounds))
-    cut = {"ROWS": 16, "COLUMNS": min(next_power_of_2(widest), 128), "PARTS": PARTS}
-    return {"BOUNDS": bounds, "ADD": add, "OF_PARTNER": of_partner} | cut
+    return _prefix_constants(bounds) | {"ADD": add, "OF_PARTNER": of_partner, "PARTS": PARTS}
 
 
 def _gradient(x: torch.Tensor | None, wanted: bool, like: torch.Tensor, whole: bool) -> torch.Tensor:

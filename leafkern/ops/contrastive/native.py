@@ -55,13 +55,6 @@ class _Columns:
             yield start * (self.count // self.x.shape[0]), self._piece(piece)
 
 
-def _add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, fresh: bool) -> None:
-    if fresh:
-        torch.mm(left, right, out=out)
-    else:
-        out.addmm_(left, right)
-
-
 def _loss(
     queries: torch.Tensor,
     columns: Sequence[torch.Tensor | None],
@@ -144,7 +137,7 @@ def _loss(
         rows = slice(start, min(start + size, queries.shape[0]))
         count = rows.stop - start
         x = unit_columns(queries[rows].to(dtype))
-        inverse_x, row_sums = empty(widths, count), empty(widths, count, dtype=torch.float64)
+        inverse_x, row_sums = empty(widths, count), empty(widths - 1, count, dtype=torch.float64)
         of_rows = matrix(x, inverse_x, count)
         module.inverse_norms(of_rows, dims)
         if number:
@@ -158,7 +151,7 @@ def _loss(
                 for place, piece in part.pieces(segments[width]):
                     place += part.first
                     out = z[0, :count, place : place + piece.shape[0]]
-                    _add_product(out, x[:, segments[width]], piece.T, fresh=width == widths - 1)
+                    out.addmm_(x[:, segments[width]], piece.T, beta=0 if width == widths - 1 else 1)
             given = [part_arguments(part, width) for part in parts] + [none] * (2 - len(parts))
             if number:
                 offset = width * count * number * item
@@ -192,9 +185,9 @@ def _loss(
                 if needs[0]:
                     for place, piece in part.pieces(segment):
                         by_piece = by_part[:, place : place + piece.shape[0]]
-                        _add_product(gradient[:, segment], by_piece, piece, fresh=part.first + place == 0)
+                        gradient[:, segment].addmm_(by_piece, piece, beta=0 if part.first + place == 0 else 1)
                 if part.gradient is not None:
-                    _add_product(part.gradient[:, segment], by_part.T, x[:, segment], fresh=start == 0)
+                    part.gradient[:, segment].addmm_(by_part.T, x[:, segment], beta=0 if start == 0 else 1)
         if number:
             by_rows = (gradient.data_ptr(), gradient.stride(0)) if needs[0] else (0, 0)
             by_own = (grads[-1][rows].data_ptr(), own.shape[2]) if needs[-1] else (0, 0)

@@ -2,6 +2,7 @@
 
 from leafkern.ops._core import launch
 from leafkern.ops._core.backend import choose
+from leafkern.ops._core.native import unavailable
 from leafkern.ops._core.normalize import common_dtype
 from leafkern.ops._core.registration import register_loss
 from leafkern.ops.distill import native, reference
@@ -10,7 +11,7 @@ from leafkern.ops.distill import native, reference
 def _forms(*tensors):
     """alignment_loss, similarity_loss and distill_loss of the backend that serves these tensors."""
     dtypes = [x.dtype for x in tensors]
-    backend = choose("distill", launch.candidates("distill", tensors[0].device, *dtypes, native=native.unsuited))
+    backend = choose("distill", launch.candidates("distill", tensors[0].device, *dtypes, native=unavailable))
     if backend == "triton":
         from leafkern.ops.distill import kernels
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from leafkern.ops._core.launch import unit_columns
-from leafkern.ops._core.native import library, unavailable
+from leafkern.ops._core.native import library
 from leafkern.ops._core.normalize import common_dtype
 from leafkern.ops.distill.gram import gram_is_cheaper, gram_similarity
 from leafkern.ops.distill.reference import KINDS
@@ -21,11 +21,6 @@ from leafkern.ops.relative.autograd import relative_scores
 
 # Rows of a block, and bytes of its matrices, at the most. Its diagonal square is computed whole, so a block is narrow.
 _BLOCK_ROWS, _BLOCK_BYTES = 128, 32 << 20
-
-
-def unsuited() -> str | None:
-    """Why the kernels can't serve a call; None when they can."""
-    return unavailable()
 
 
 def similarity_loss(

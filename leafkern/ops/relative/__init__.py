@@ -49,7 +49,7 @@ def relative_similarity_loss(
     0. The compiled kernels (CPU, B up to 46340) sort and count; an insertion also adds to P / 2²² vectors of counters,
     which shows beyond B of about 8192. Working memory is 44 bytes per pair, 47 at B = 8192 and 56 at 16384, for all
     dims together; scores and their gradient take 8 each (float64: 16) for every width. The Triton kernels (CUDA, the
-    same B) take 12 bytes per pair for the teacher, and 38 (float64: 50) for a width or 256 MiB for several small ones.
+    same B) take 12 bytes per pair for the teacher, and 48 (float64: 64) for a width or 256 MiB for several small ones.
     The PyTorch fallback takes several times that. Raises InputError for shapes, widths, an unknown name, or a margin
     or min_gap that is negative or not finite and, where values are checked (CPU, or LEAFKERN_CHECK=1), for a teacher
     row that is zero, NaN or infinite. NaN or infinity in the student makes the loss NaN; a zero row is fine.

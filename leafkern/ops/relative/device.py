@@ -373,11 +373,7 @@ def _level(
 def _within(
     end,
     bound,
-    digits,
-    counts,
-    sums,
-    blocks,
-    supers,
+    tree,
     LEVELS: tl.constexpr,
     DIGIT_BITS: tl.constexpr,
     LEAF_BITS: tl.constexpr,
@@ -386,6 +382,7 @@ def _within(
 ):
     # How many of the first `end` by S have a t rank below `bound`: at every level those of the node with a lower digit,
     # then on to the node of the same digit, with as many as have it.
+    digits, counts, sums, blocks, supers = tree
     widths = tl.num_programs(1).to(tl.int64)
     i_part = tl.program_id(1).to(tl.int64)
     found = tl.zeros_like(end)
@@ -447,6 +444,7 @@ def query_kernel(
     kept = tl.load(o_positions + 1, mask=inside, other=0)
     on_low = tl.zeros([ROWS], tl.int32)
     on_high = tl.zeros([ROWS], tl.int32)
+    tree = digits, counts, sums, blocks, supers
     # The window; in mode "both" also without the own place, less without exact ties.
     for span in tl.static_range(3 if MODE == "both" else 1):
         if span == 1:
@@ -456,34 +454,8 @@ def query_kernel(
             o_windows = windows + span * pairs.to(tl.int64) + x
             above = tl.load(o_windows, mask=inside, other=0)
             below = tl.load(o_windows + pairs, mask=inside, other=0)
-        low = violated - _within(
-            violated,
-            above,
-            digits,
-            counts,
-            sums,
-            blocks,
-            supers,
-            LEVELS,
-            DIGIT_BITS,
-            LEAF_BITS,
-            BLOCK_BITS,
-            SUPER_BITS,
-        )
-        high = below - _within(
-            kept,
-            below,
-            digits,
-            counts,
-            sums,
-            blocks,
-            supers,
-            LEVELS,
-            DIGIT_BITS,
-            LEAF_BITS,
-            BLOCK_BITS,
-            SUPER_BITS,
-        )
+        low = violated - _within(violated, above, tree, LEVELS, DIGIT_BITS, LEAF_BITS, BLOCK_BITS, SUPER_BITS)
+        high = below - _within(kept, below, tree, LEVELS, DIGIT_BITS, LEAF_BITS, BLOCK_BITS, SUPER_BITS)
         on_low += -low if span == 2 else low
         on_high += -high if span == 2 else high
     own = tl.load(scores + x, mask=inside, other=0.0).to(tl.float64)
