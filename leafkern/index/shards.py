@@ -1,0 +1,376 @@
+"""Shards: an index in several folders, searched as one.
+
+A shard is the folder of an `Index`, wherever it lies. A folder of shards holds them and shards.json, which names them
+in their order and is written last. Results are those of one index that holds the shards' rows one after another, if the
+codes share their ranges (`Shards.build`; codes of a bit have none): the order is score, then shard, then insertion
+number. With rescoring each shard gives its own oversample*k candidates, all that one index would have and more, so that
+no score is lower than there.
+"""
+
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from leafkern.errors import DamagedFileError, InputError
+from leafkern.files import TEMPORARY, confined, make_folder, read_json, remove_leftovers, write_json, writing
+from leafkern.index import Index
+from leafkern.index.manifest import checked_rescore, query_fingerprint
+from leafkern.index.vectors import Rows, id_array
+from leafkern.ops.quantization import CALIBRATION_ROWS
+
+__all__ = ["MissingShardWarning", "Shards", "alike", "merge", "open_index", "shard_folders", "write_shards"]
+
+FORMAT = "leafkern-shards"
+VERSION = 1
+SHARDS = "shards.json"
+# What all shards must have in common for their scores and ids to be comparable.
+_COMMON = ("width", "precision", "rescore", "encoder", "prompt", "texts", "ids")
+
+Found = tuple[np.ndarray, np.ndarray]
+
+
+class MissingShardWarning(UserWarning):
+    """Some shards could not be read; results are those of the others."""
+
+
+class Shards:
+    """Indexes in several folders, searched as one. Made by `Shards.open` or `Shards.build`.
+
+    folders: those of the shards, in order. missing: the error of each that could not be read (with `partial` only).
+    """
+
+    def __init__(self, folders: Sequence[Path], partial: bool = False):
+        """Opens the indexes in `folders`; `Shards.open` also takes a folder of them and checks what they hold."""
+        self.folders, self.partial = list(folders), partial
+        self.refresh()
+
+    @classmethod
+    def open(
+        cls,
+        where: str | os.PathLike | Iterable[str | os.PathLike],
+        *,
+        partial: bool = False,
+        width: int | None = None,
+        precision: str | None = None,
+        encoder: object = None,
+        prompt: str | None = None,
+    ) -> "Shards":
+        """The shards of the folder `where`, or those in a list of folders, each of which is an index.
+
+        partial: where a shard can't be read, now or in a search, warn (MissingShardWarning) and go on with the others;
+        without it, and where none can be read, that is an error. The rest: what the caller expects, as in `Index.open`.
+
+        Errors: InputError where no shards are, or where they differ in width, precisions, kind of ids, texts, encoder
+        or prompt; DamagedFileError for a damaged file. Each names the folder.
+        """
+        shards = cls(shard_folders(where), partial)
+        known = query_fingerprint(encoder, shards.encoder)
+        shards.require(width=width, precision=precision, encoder=known, prompt=prompt)
+        return shards
+
+    @classmethod
+    def build(
+        cls,
+        path: str | os.PathLike,
+        vectors: object,
+        *,
+        shards: int,
+        ids: object = None,
+        texts: Sequence[str] | None = None,
+        precision: str = "int8",
+        rescore: str | None = "float16",
+        width: int | None = None,
+        ranges: object = None,
+        **options,
+    ) -> "Shards":
+        """Makes a folder of `shards` shards at `path`, in place of one that is there.
+
+        Consecutive rows go to each, in equal numbers up to one. All other arguments are those of `Index.build`; ranges
+        None takes them from all vectors, for all shards. A kill leaves the shards that were there before.
+        """
+        path = Path(path)
+        existed = path.exists()
+        if existed and not path.is_dir():
+            raise InputError(f"{path}: is a file; expected a folder for the shards")
+        foreign = [entry.name for entry in path.iterdir() if not _is_part(entry.name)] if existed else []
+        if foreign:
+            raise InputError(f"{path}: holds {foreign[0]!r}, which is no shard; choose another folder")
+        finer = checked_rescore(precision, rescore)
+        build = uuid.uuid4().hex[:8]
+        names = []
+        make_folder(path)
+        try:
+            with writing(path), Rows(vectors, path, width, ranges) as rows:
+                _clean(path)
+                bounds = _bounds(rows.count, shards)
+                kept = None if ids is None else _checked_ids(ids, rows.count)
+                if texts is not None and len(texts) != rows.count:
+                    raise InputError(f"texts: {len(texts)} for {rows.count} vectors; expected one each")
+                if ranges is None and {"int8", "int4"} & {precision, finer} and rows.count >= CALIBRATION_ROWS:
+                    ranges = rows.ranges(precision)
+                parts = _Parts(rows.blocks())
+                for number, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+                    names.append(f"shard-{build}-{number:05}")
+                    Index.build(
+                        path / names[-1],
+                        parts.take(stop - start),
+                        ids=np.arange(start, stop) if kept is None else kept[start:stop],
+                        texts=None if texts is None else texts[start:stop],
+                        precision=precision,
+                        rescore=rescore,
+                        width=rows.width,
+                        ranges=ranges,
+                        **options,
+                    )
+                write_shards(path, names)
+                _clean(path)
+        except BaseException:
+            _discard(path, names, existed)
+            raise
+        return cls.open(path)
+
+    def refresh(self) -> None:
+        """Opens every shard as it now stands on disk."""
+        self._opened: dict[Path, Index] = {}
+        self.missing: dict[Path, Exception] = {}
+        for folder in self.folders:
+            try:
+                self._opened[folder] = Index.open(folder)
+            except (InputError, DamagedFileError, OSError) as error:
+                if not self.partial:
+                    raise
+                self.missing[folder] = error
+        if not self._opened:
+            raise next(iter(self.missing.values()))
+        warn_of_missing(self.missing, len(self.folders))
+        self._facts = alike({folder: index.info() for folder, index in self._opened.items()})
+        self._starts = np.cumsum([0, *(_rows(index) for index in self._opened.values())])
+
+    def __len__(self) -> int:
+        return self._facts["count"]
+
+    def __repr__(self) -> str:
+        return f"Shards({len(self._opened)} of {len(self)} × {self.width}, {self.precision}, rescore {self.rescore})"
+
+    @property
+    def width(self) -> int:
+        return self._facts["width"]
+
+    @property
+    def precision(self) -> str:
+        return self._facts["precision"]
+
+    @property
+    def rescore(self) -> str | None:
+        return self._facts["rescore"]
+
+    @property
+    def encoder(self) -> str | None:
+        return self._facts["encoder"]
+
+    @property
+    def prompt(self) -> str | None:
+        return self._facts["prompt"]
+
+    @property
+    def has_texts(self) -> bool:
+        return self._facts["texts"]
+
+    def info(self) -> dict:
+        """What the shards have in common, their number, and the sums of their rows and bytes."""
+        return dict(self._facts)
+
+    def require(self, **expected) -> None:
+        """As `Index.require`, of every shard."""
+        for index in self._opened.values():
+            index.require(**expected)
+
+    def search(self, queries: object, k: int, **options) -> Found:
+        """As `Index.search`, over all shards: (scores float32, ids), both (Q, min(k, N)), best first."""
+        return merge(self._each(lambda index: index.search(queries, k, **options)).values(), k)
+
+    def search_rows(self, queries: object, k: int, **options) -> Found:
+        """As `search`, with row numbers in place of ids: those of the first shard, then those of the next."""
+        starts = dict(zip(self._opened, self._starts))
+        found = self._each(lambda index: index.search_rows(queries, k, **options))
+        return merge([(scores, rows + starts[folder]) for folder, (scores, rows) in found.items()], k)
+
+    def ids_at(self, rows: np.ndarray) -> np.ndarray:
+        """The ids of row numbers, in an array of the same shape: int64, or strings as objects."""
+        return self._gather(np.asarray(rows), Index.ids_at, object if self._facts["ids"] == "string" else np.int64)
+
+    def texts_at(self, rows: np.ndarray) -> np.ndarray:
+        """The stored texts of row numbers, as objects in an array of the same shape."""
+        return self._gather(np.asarray(rows), Index.texts_at, object)
+
+    def verify(self) -> None:
+        """`Index.verify` of every shard. That no two shards have an id in common is not looked at."""
+        for index in self._opened.values():
+            index.verify()
+
+    def _gather(self, rows: np.ndarray, read: Callable[[Index, np.ndarray], np.ndarray], dtype: type) -> np.ndarray:
+        out = np.empty(rows.shape, dtype)
+        for index, start, stop in zip(self._opened.values(), self._starts, self._starts[1:]):
+            inside = (rows >= start) & (rows < stop)
+            if inside.any():
+                out[inside] = read(index, rows[inside] - start)
+        return out
+
+    def _each(self, call: Callable[[Index], Found]) -> dict[Path, Found]:
+        """call(index) of all shards, several at a time; with `partial`, of those that it doesn't find damaged."""
+
+        def guarded(index: Index) -> Found | Exception:
+            try:
+                return call(index)
+            except (DamagedFileError, OSError) as error:
+                if not self.partial:
+                    raise
+                return error
+
+        threads = min(len(self._opened), torch.get_num_threads())
+        if threads == 1:
+            results = [guarded(index) for index in self._opened.values()]
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                results = list(pool.map(guarded, self._opened.values()))
+        found = dict(zip(self._opened, results))
+        missing = {folder: result for folder, result in found.items() if isinstance(result, Exception)}
+        if len(missing) == len(found):
+            raise results[0]
+        warn_of_missing(missing, len(self.folders))
+        return {folder: result for folder, result in found.items() if folder not in missing}
+
+
+def open_index(path: str | os.PathLike) -> Index | Shards:
+    """The index at `path`, or the shards where it is a folder of shards."""
+    return Shards.open(path) if (Path(path) / SHARDS).is_file() else Index.open(path)
+
+
+def shard_folders(where: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
+    """The folders that shards.json of the folder `where` names, or those of a list."""
+    if not isinstance(where, str | os.PathLike):
+        folders = [Path(folder) for folder in where]
+        if not folders:
+            raise InputError("shards: an empty list; expected at least one folder of an index")
+        return folders
+    file = Path(where) / SHARDS
+    if not file.is_file():
+        raise InputError(f"{where}: no shards here (there is no {SHARDS}); give the folder of them, or a list of them")
+    known = read_json(file, "list of shards")
+    names = known.get("shards")
+    if known.get("format") != FORMAT:
+        raise DamagedFileError(f"{file}: not a list of shards (format {known.get('format')!r})")
+    if known.get("version") != VERSION:
+        raise InputError(f"{file}: format version {known.get('version')!r}; this leafkern reads version {VERSION}")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise DamagedFileError(f"{file}: entry 'shards' is missing or not a list of names")
+    return [confined(where, name) for name in names]
+
+
+def write_shards(path: Path, names: Sequence[str]) -> None:
+    """Makes `path`, which holds the indexes `names`, a folder of shards in this order."""
+    write_json(path / SHARDS, {"format": FORMAT, "version": VERSION, "shards": list(names)})
+
+
+def alike(infos: Mapping[Path, dict]) -> dict:
+    """What shards have in common by their `info()`, with the sums of rows and bytes; InputError where they differ."""
+    first, common = next(iter(infos)), {}
+    for folder, info in infos.items():
+        for name in _COMMON:
+            if name == "ids" and info["count"] == 0:
+                continue  # an empty index takes either kind
+            if common.setdefault(name, info[name]) != info[name]:
+                raise InputError(
+                    f"{folder}: a shard with {name} {info[name]!r}, but {first} has {common[name]!r}; shards of one "
+                    "index must have the same"
+                )
+    sums = {name: sum(info[name] for info in infos.values()) for name in ("count", "bytes")}
+    return infos[first] | {"ids": None} | common | sums | {"shards": len(infos)}
+
+
+def merge(found: Iterable[Found], k: int) -> Found:
+    """Results of shards, in their order, as one: best score first, then earlier shard, then the order there."""
+    scores, values = (np.concatenate(parts, axis=1) for parts in zip(*found))
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, best, 1), np.take_along_axis(values, best, 1)
+
+
+def warn_of_missing(missing: Mapping[Path, Exception | str], shards: int) -> None:
+    """Says which shards results are without."""
+    if missing:
+        reasons = "; ".join(f"{folder}: {error}" for folder, error in missing.items())
+        warnings.warn(
+            f"{len(missing)} of {shards} shards can't be read, results are without them: {reasons}",
+            MissingShardWarning,
+            stacklevel=4,
+        )
+
+
+def _rows(index: Index) -> int:
+    """Row numbers that `index` has given."""
+    return sum(entry["rows"] for entry in index._manifest["segments"])
+
+
+class _Parts:
+    """Consecutive blocks cut into parts of given sizes, one after another."""
+
+    def __init__(self, blocks: Iterator[torch.Tensor]):
+        self._blocks, self._rest = blocks, torch.empty(0)
+
+    def take(self, count: int) -> Iterator[torch.Tensor]:
+        while count:
+            if not len(self._rest):
+                self._rest = next(self._blocks)
+            part, self._rest = self._rest[:count], self._rest[count:]
+            count -= len(part)
+            yield part
+
+
+def _bounds(count: int, shards: int) -> list[int]:
+    if not isinstance(shards, int) or isinstance(shards, bool) or not 1 <= shards <= max(1, count):
+        raise InputError(f"shards: expected an int from 1 to the number of vectors, {count}; got {shards!r}")
+    return [count * number // shards for number in range(shards + 1)]
+
+
+def _checked_ids(ids: object, count: int) -> np.ndarray:
+    ids = id_array(ids)
+    if len(ids) != count:
+        raise InputError(f"ids: {len(ids)} for {count} vectors; expected one each")
+    if len(ids.unique()) != count:
+        raise InputError("ids: some are given more than once; expected different ones")
+    return ids.to_numpy(zero_copy_only=False)
+
+
+def _is_part(name: str) -> bool:
+    return name == SHARDS or name.startswith(("shard-", TEMPORARY))
+
+
+def _clean(path: Path) -> None:
+    """Removes shards and temporary files that shards.json does not name."""
+    remove_leftovers(path)
+    try:
+        named = {folder.name for folder in shard_folders(path)} if (path / SHARDS).exists() else set()
+    except (DamagedFileError, InputError):
+        return  # about to be replaced: until then, nothing of it is thrown away
+    for entry in path.glob("shard-*"):
+        if entry.name not in named:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _discard(path: Path, names: Sequence[str], existed: bool) -> None:
+    """Takes back a build that failed."""
+    with suppress(DamagedFileError, InputError):
+        if names and (path / SHARDS).exists() and shard_folders(path)[0].name == names[0]:
+            return  # it had come into force
+    for name in names:
+        shutil.rmtree(path / name, ignore_errors=True)
+    if not existed and path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
