@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,7 @@ class Shards:
                 if ranges is None and {"int8", "int4"} & {precision, finer} and rows.count >= CALIBRATION_ROWS:
                     ranges = rows.ranges(precision)
                 parts = _Parts(rows.blocks())
-                for number, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+                for number, (start, stop) in enumerate(pairwise(bounds)):
                     names.append(f"shard-{build}-{number:05}")
                     Index.build(
                         path / names[-1],

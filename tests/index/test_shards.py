@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import leafkern
-from leafkern import Index, Shards, files
+from leafkern import Index, Shards, cli, files
 from leafkern.errors import DamagedFileError, InputError
 from leafkern.index.shards import MissingShardWarning
 from leafkern.ops import calibrate
@@ -135,7 +135,7 @@ def test_a_missing_shard_is_named(parts):
 
 
 def test_a_shard_damaged_after_opening(parts, monkeypatch):
-    folders, one = parts
+    folders, _ = parts
     queries = unit(5)
     strict, partial = Shards.open(folders), Shards.open(folders, partial=True)
     search = Index.search
@@ -233,8 +233,8 @@ def test_build_leaves_other_folders_alone(tmp_path):
         Shards.build(tmp_path / "notes", unit(9), shards=2)
     with pytest.raises(InputError, match="is a file"):
         Shards.build(tmp_path / "notes" / "a.txt", unit(9), shards=2)
+    (tmp_path / "notes" / "a.txt").unlink()
     with files.writing(tmp_path / "notes"), pytest.raises(InputError, match="another process is writing"):
-        (tmp_path / "notes" / "a.txt").unlink()
         Shards.build(tmp_path / "notes", unit(9), shards=2)
 
 
@@ -296,6 +296,24 @@ def test_damaged_lists_are_named(tmp_path, content, error, message):
     with pytest.raises(error, match=message):
         Shards.open(tmp_path / "s")
     assert len(Shards.build(tmp_path / "s", unit(9), shards=2)) == len(shards)
+
+
+def test_command_line(tmp_path, tiny_bert, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["leafkern", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    texts = ["the leaf", "a kernel of search", "how to list a file", "python"]
+    encoder = leafkern.Encoder.from_pretrained(tiny_bert, device="cpu")
+    Shards.build(tmp_path / "s", encoder.encode(texts), shards=3, ids=list("abcd"), texts=texts, encoder=encoder)
+    for number, text in enumerate(texts):
+        (found,) = json.loads(run("search", tmp_path / "s", tiny_bert, text, "-k", 1, "--json"))["results"]
+        assert (found["id"], found["text"]) == ("abcd"[number], text)
+    assert {"count": 4, "shards": 3}.items() <= json.loads(run("index", "info", tmp_path / "s", "--json")).items()
+    assert "4 vectors, as written" in run("index", "verify", tmp_path / "s")
 
 
 def test_what_is_no_folder_of_shards(tmp_path):
