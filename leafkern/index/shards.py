@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from leafkern.index.manifest import checked_rescore, query_fingerprint
 from leafkern.index.vectors import Rows, id_array
 from leafkern.ops.quantization import CALIBRATION_ROWS
 
-__all__ = ["MissingShardWarning", "Shards", "alike", "merge", "open_index", "shard_folders", "write_shards"]
+__all__ = ["MissingShardWarning", "Shards", "open_index"]
 
 FORMAT = "leafkern-shards"
 VERSION = 1
@@ -111,14 +110,17 @@ class Shards:
         try:
             with writing(path), Rows(vectors, path, width, ranges) as rows:
                 _clean(path)
-                bounds = _bounds(rows.count, shards)
+                if not isinstance(shards, int) or isinstance(shards, bool) or not 1 <= shards <= max(1, rows.count):
+                    raise InputError(
+                        f"shards: expected an int from 1 to the number of vectors, {rows.count}; got {shards!r}"
+                    )
                 kept = None if ids is None else _checked_ids(ids, rows.count)
                 if texts is not None and len(texts) != rows.count:
                     raise InputError(f"texts: {len(texts)} for {rows.count} vectors; expected one each")
                 if ranges is None and {"int8", "int4"} & {precision, finer} and rows.count >= CALIBRATION_ROWS:
                     ranges = rows.ranges(precision)
                 parts = _Parts(rows.blocks())
-                for number, (start, stop) in enumerate(pairwise(bounds)):
+                for number, (start, stop) in enumerate(even_parts(rows.count, shards)):
                     names.append(f"shard-{build}-{number:05}")
                     Index.build(
                         path / names[-1],
@@ -150,7 +152,8 @@ class Shards:
                     raise
                 self.missing[folder] = error
         if not self._opened:
-            raise next(iter(self.missing.values()))
+            folder, error = next(iter(self.missing.items()))
+            raise DamagedFileError(f"none of {len(self.folders)} shards can be read; {folder}: {error}")
         warn_of_missing(self.missing, len(self.folders))
         self._facts = alike({folder: index.info() for folder, index in self._opened.items()})
         self._starts = np.cumsum([0, *(_rows(index) for index in self._opened.values())])
@@ -282,7 +285,7 @@ def write_shards(path: Path, names: Sequence[str]) -> None:
 
 
 def alike(infos: Mapping[Path, dict]) -> dict:
-    """What shards have in common by their `info()`, with the sums of rows and bytes; InputError where they differ."""
+    """The `info()` of shards, or of groups of them, as one; InputError where they differ in what must be common."""
     first, common = next(iter(infos)), {}
     for folder, info in infos.items():
         for name in _COMMON:
@@ -294,7 +297,8 @@ def alike(infos: Mapping[Path, dict]) -> dict:
                     "index must have the same"
                 )
     sums = {name: sum(info[name] for info in infos.values()) for name in ("count", "bytes")}
-    return infos[first] | {"ids": None} | common | sums | {"shards": len(infos)}
+    shards = sum(info.get("shards", 1) for info in infos.values())
+    return infos[first] | {"ids": None} | common | sums | {"shards": shards}
 
 
 def merge(found: Iterable[Found], k: int) -> Found:
@@ -302,6 +306,11 @@ def merge(found: Iterable[Found], k: int) -> Found:
     scores, values = (np.concatenate(parts, axis=1) for parts in zip(*found))
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, best, 1), np.take_along_axis(values, best, 1)
+
+
+def even_parts(count: int, parts: int) -> list[tuple[int, int]]:
+    """(start, stop) of consecutive parts of `count` things, of equal size up to one."""
+    return [(count * number // parts, count * (number + 1) // parts) for number in range(parts)]
 
 
 def warn_of_missing(missing: Mapping[Path, Exception | str], shards: int) -> None:
@@ -333,12 +342,6 @@ class _Parts:
             part, self._rest = self._rest[:count], self._rest[count:]
             count -= len(part)
             yield part
-
-
-def _bounds(count: int, shards: int) -> list[int]:
-    if not isinstance(shards, int) or isinstance(shards, bool) or not 1 <= shards <= max(1, count):
-        raise InputError(f"shards: expected an int from 1 to the number of vectors, {count}; got {shards!r}")
-    return [count * number // shards for number in range(shards + 1)]
 
 
 def _checked_ids(ids: object, count: int) -> np.ndarray:
