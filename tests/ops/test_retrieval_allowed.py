@@ -4,15 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from retrieval_cases import FORMS, ISAS, C, random_codes, random_queries, restore_isa, unit  # noqa: F401
 
 from leafkern.errors import InputError
 from leafkern.ops import quantize, search
-from leafkern.ops._core.native import library
 from leafkern.ops.quantization import PRECISIONS
 from leafkern.ops.retrieval import native, reference
-from tests.ops.test_retrieval import FORMS, ISAS, Q, _restore_isa, random_codes, random_queries, unit  # noqa: F401
 
-C, _ = library()
+Q = unit(2, 8)
 INTEGER_MIN = -(1 << 31)
 
 
