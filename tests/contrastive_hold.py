@@ -1,4 +1,4 @@
-"""The contrastive losses held to their definitions, in Triton's interpreter and on a GPU."""
+"""The contrastive losses held to their definitions, on every backend."""
 
 import math
 
@@ -8,6 +8,7 @@ from contrastive_cases import batch, soft_label_batch
 from tolerances import TOLERANCE
 
 from leafkern.ops import info_nce, soft_label_loss
+from leafkern.ops._core.normalize import at_least_float32
 from leafkern.ops.contrastive.reference import brute_info_nce, brute_soft_label_loss
 
 
@@ -30,14 +31,15 @@ def contrast(function, tensors, **options):
     return function(queries, positives, negatives, mixed=mixed, **options)
 
 
-def _exactly(x):
-    return None if x is None else x.detach().double().cpu().requires_grad_(x.requires_grad)
+def exactly(tensors):
+    """In float64 on the CPU."""
+    return [None if x is None else x.detach().double().cpu().requires_grad_(x.requires_grad) for x in tensors]
 
 
 def hold(found, expected, tensors, exact):
     """Loss and gradients within tolerance of the definition's."""
     dtype = tensors[0].dtype
-    assert found.dtype == torch.float32
+    assert found.dtype == at_least_float32(dtype)
     assert found.shape == ()
     assert relative(found.detach(), expected.detach()) <= TOLERANCE[dtype]
     pairs = [(x, y) for x, y in zip(tensors, exact, strict=True) if x is not None and x.requires_grad]
@@ -55,14 +57,14 @@ def hold(found, expected, tensors, exact):
 
 
 def hold_contrast(tensors, **options):
-    exact = [_exactly(x) for x in tensors]
+    exact = exactly(tensors)
     ids = options.get("ids")
     right = options if ids is None else options | {"ids": [None if x is None else x.cpu() for x in ids]}
     hold(contrast(info_nce, tensors, **options), contrast(brute_info_nce, exact, **right), tensors, exact)
 
 
 def hold_labels(queries, candidates, scores, **options):
-    exact = [_exactly(x) for x in (queries, candidates)]
+    exact = exactly((queries, candidates))
     found = soft_label_loss(queries, candidates, scores, **options)
     expected = brute_soft_label_loss(*exact, scores.double().cpu(), **options)
     hold(found, expected, (queries, candidates), exact)

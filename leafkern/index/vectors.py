@@ -36,14 +36,30 @@ def float32(x: np.ndarray) -> np.ndarray:
         return np.array(x, dtype=np.float32)
 
 
+def rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """x float32 (N, D) times a rotation (D, D).
+
+    Summed in float64, so that it does not matter which rows come together.
+    """
+    return (x.double() @ rotation.double()).float()
+
+
+def random_rotation(width: int, seed: int) -> torch.Tensor:
+    """An orthogonal matrix (D, D), float32, uniform over all: the QR of a Gaussian one, R's diagonal made positive."""
+    q, r = np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))
+    return torch.from_numpy((q * np.where(np.diag(r) < 0, -1, 1)).astype(np.float32))
+
+
 class Rows:
     """`count` vectors of `width`, from a matrix or from an iterable of matrices (kept in a file meanwhile).
 
-    A context manager; `blocks` may be called repeatedly. `given`: (2, D) that `ranges` returns, or None.
+    A context manager; `blocks` may be called repeatedly. `given`: (2, D) that `ranges` returns, or None. `rotation`,
+    where it is set, is applied to what `blocks` gives.
     """
 
     def __init__(self, vectors: object, folder: Path, width: int | None, given: object = None):
         self._file = None
+        self.rotation: torch.Tensor | None = None
         self._given = None if given is None else torch.as_tensor(given).detach().cpu().float()
         if isinstance(vectors, np.ndarray | torch.Tensor):
             self._values = matrix("vectors", vectors)
@@ -88,7 +104,8 @@ class Rows:
         """Consecutive rows, float32."""
         step = max(1, _BLOCK_VALUES // self.width)
         for start in range(0, self.count, step):
-            yield torch.from_numpy(float32(self._values[start : start + step]))
+            block = torch.from_numpy(float32(self._values[start : start + step]))
+            yield block if self.rotation is None else rotated(block, self.rotation)
 
     def check_finite(self) -> None:
         """Refuses NaN and infinity, also where float32 makes it of a larger type's number."""
@@ -102,7 +119,7 @@ class Rows:
         if self._given is not None:
             return self._given
         if self.count < CALIBRATION_ROWS:
-            return default_ranges(torch.from_numpy(float32(self._values)), precision, "vectors")
+            return default_ranges(torch.cat([torch.zeros((0, self.width)), *self.blocks()]), precision, "vectors")
         low = torch.full((self.width,), float("inf"))
         high = -low
         for block in self.blocks():

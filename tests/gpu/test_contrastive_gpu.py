@@ -40,9 +40,7 @@ def test_small_info_nce(dtype, rows, number, mixes):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_masks_and_widths(dtype, dims):
     ids = ids_on_gpu(70, 2, 90)
-    tensors = batch(70, 80, 2, 1, torch.float32)
-    if dtype != torch.float32:
-        tensors = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    tensors = batch(70, 80, 2, 1, dtype)
     hold_contrast(tensors, temperature=0.1, dims=dims, ids=ids)
     # No column within a rounding of the margin.
     hold_contrast(tensors, temperature=0.1, dims=dims, ids=ids, fn_margin=-2.5)

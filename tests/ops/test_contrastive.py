@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from compare import LargestTensor, relative
 from contrastive_cases import MatrixWork, batch, info_nce_arguments, some_ids
+from contrastive_hold import contrast as call
+from contrastive_hold import exactly, hold_contrast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
@@ -30,35 +32,10 @@ def backend(request, monkeypatch):
     monkeypatch.setenv("LEAFKERN_BACKEND", f"contrastive={request.param}")
 
 
-def exactly(tensors):
-    return [None if x is None else x.detach().double().clone().requires_grad_() for x in tensors]
-
-
-def call(function, tensors, **options):
-    queries, positives, negatives, mixed = tensors
-    return function(queries, positives, negatives, mixed=mixed, **options)
-
-
 def value_and_gradients(function, tensors, **options):
     given = [x for x in tensors if x is not None]
     loss = call(function, tensors, **options)
     return loss, torch.autograd.grad(loss, given)
-
-
-def assert_equals_definition(tensors, dtype, **options):
-    found = call(info_nce, tensors, **options)
-    expected, exact_grads = value_and_gradients(brute_info_nce, exactly(tensors), **options)
-    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert found.shape == ()
-    assert relative(found, expected) <= TOLERANCE[dtype]
-    given = [x for x in tensors if x is not None]
-    for x, exact in zip(given, exact_grads, strict=True):
-        # A loss scale, as half precision is trained with: float16 holds nothing below 6e-8.
-        largest = exact.abs().max().item() if exact.numel() else 0.0
-        scale = 2.0 ** -round(math.log2(largest)) if largest > 0 else 1.0
-        (mine,) = torch.autograd.grad(found * scale, x, retain_graph=True)
-        assert mine.dtype == dtype
-        assert relative(mine, exact * scale) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(("gamma", "detach_focal"), FOCAL)
@@ -70,7 +47,7 @@ def test_equals_definition(dtype, masks, gamma, detach_focal):
         options["ids"] = some_ids(7, 3)
     if masks in ("margin", "both"):
         options["fn_margin"] = 0.6
-    assert_equals_definition(batch(7, dtype=dtype), dtype, **options)
+    hold_contrast(batch(7, dtype=dtype), **options)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.05, 0.01])
@@ -108,7 +85,7 @@ def test_any_shape(dtype, rows, width, number, mixes, gamma, detach_focal, kinds
         options |= {"dims": [width, width // 2], "dim_weights": [0.7, 0.4]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(reference.BLOCK_BYTES, "cpu", block)
-        assert_equals_definition(batch(rows, width, number, mixes, dtype), dtype, **options)
+        hold_contrast(batch(rows, width, number, mixes, dtype), **options)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.01, 0.001])

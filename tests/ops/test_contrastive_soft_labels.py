@@ -1,14 +1,14 @@
 """soft_label_loss against its definition and torch's kl_div, shares of ranks, edge cases, and torch.compile."""
 
 import itertools
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import LargestTensor, relative
+from compare import LargestTensor
 from contrastive_cases import soft_label_arguments
 from contrastive_cases import soft_label_batch as batch
+from contrastive_hold import exactly, hold_labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE
@@ -28,10 +28,6 @@ def backend(request, monkeypatch):
     monkeypatch.setenv("LEAFKERN_BACKEND", f"contrastive={request.param}")
 
 
-def exactly(tensors):
-    return [x.detach().double().clone().requires_grad_(x.requires_grad) for x in tensors]
-
-
 def value_and_gradients(function, tensors, **options):
     loss = function(*tensors, **options)
     return loss, torch.autograd.grad(loss, tensors[:2])
@@ -42,21 +38,6 @@ def cosines(queries, candidates):
     return q @ c.T if candidates.ndim == 2 else torch.einsum("bd,bcd->bc", q, c)
 
 
-def assert_equals_definition(tensors, dtype, **options):
-    found = soft_label_loss(*tensors, **options)
-    expected, exact_grads = value_and_gradients(brute_soft_label_loss, exactly(tensors), **options)
-    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert found.shape == ()
-    assert relative(found, expected) <= TOLERANCE[dtype]
-    for x, exact in zip(tensors[:2], exact_grads, strict=True):
-        # A loss scale, as half precision is trained with: float16 holds nothing below 6e-8.
-        largest = exact.abs().max().item() if exact.numel() else 0.0
-        scale = 2.0 ** -round(math.log2(largest)) if largest > 0 else 1.0
-        (mine,) = torch.autograd.grad(found * scale, x, retain_graph=True)
-        assert mine.dtype == dtype
-        assert relative(mine, exact * scale) <= TOLERANCE[dtype]
-
-
 @pytest.mark.parametrize("teacher_temperature", [None, 0.3])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -64,7 +45,7 @@ def test_equals_definition(dtype, shared, teacher_temperature):
     tensors = batch(7, 5, shared=shared, dtype=dtype)
     tensors[2][1, 3] = tensors[2][4, :4] = -torch.inf
     options = {"teacher_temperature": teacher_temperature, "dims": [24, 9], "dim_weights": [1.0, 0.3]}
-    assert_equals_definition(tensors, dtype, **options)
+    hold_labels(*tensors, **options)
 
 
 @settings(max_examples=40, deadline=None)
@@ -85,7 +66,7 @@ def test_any_shape(dtype, shared, rows, number, width, prefix, excluded, block):
     options = {"temperature": 0.2, "teacher_temperature": 0.1, "dims": [width, width // 2] if prefix else None}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(reference.BLOCK_BYTES, "cpu", block)
-        assert_equals_definition(tensors, dtype, **options)
+        hold_labels(*tensors, **options)
 
 
 @pytest.mark.parametrize("shared", [False, True])
