@@ -32,7 +32,7 @@ FORMAT = "leafkern-shards"
 VERSION = 1
 SHARDS = "shards.json"
 # What all shards must have in common for their scores and ids to be comparable.
-_COMMON = ("width", "precision", "rescore", "encoder", "prompt", "texts", "ids")
+_COMMON = ("width", "precision", "rescore", "encoder", "prompt", "texts", "ids", "rotates")
 
 Found = tuple[np.ndarray, np.ndarray]
 
@@ -155,8 +155,9 @@ class Shards:
             folder, error = next(iter(self.missing.items()))
             raise DamagedFileError(f"none of {len(self.folders)} shards can be read; {folder}: {error}")
         warn_of_missing(self.missing, len(self.folders))
-        self._facts = alike({folder: index.info() for folder, index in self._opened.items()})
-        self._starts = np.cumsum([0, *(_rows(index) for index in self._opened.values())])
+        infos = {folder: index.info() for folder, index in self._opened.items()}
+        self._facts = alike(infos)
+        self._starts = np.cumsum([0, *(info["count"] + info["deleted"] for info in infos.values())])
 
     def __len__(self) -> int:
         return self._facts["count"]
@@ -296,7 +297,7 @@ def alike(infos: Mapping[Path, dict]) -> dict:
                     f"{folder}: a shard with {name} {info[name]!r}, but {first} has {common[name]!r}; shards of one "
                     "index must have the same"
                 )
-    sums = {name: sum(info[name] for info in infos.values()) for name in ("count", "bytes")}
+    sums = {name: sum(info[name] for info in infos.values()) for name in ("count", "deleted", "segments", "bytes")}
     shards = sum(info.get("shards", 1) for info in infos.values())
     return infos[first] | {"ids": None} | common | sums | {"shards": shards}
 
@@ -322,11 +323,6 @@ def warn_of_missing(missing: Mapping[Path, Exception | str], shards: int) -> Non
             MissingShardWarning,
             stacklevel=4,
         )
-
-
-def _rows(index: Index) -> int:
-    """Row numbers that `index` has given."""
-    return sum(entry["rows"] for entry in index._manifest["segments"])
 
 
 class _Parts:

@@ -13,7 +13,6 @@ import leafkern
 from leafkern import Index, Shards, cli, files
 from leafkern.errors import DamagedFileError, InputError
 from leafkern.index.shards import MissingShardWarning
-from leafkern.ops import calibrate
 
 pytestmark = pytest.mark.filterwarnings("ignore::leafkern.ops._core.backend.FallbackWarning")
 
@@ -64,7 +63,7 @@ def test_any_split_equals_one_index(tmp_path_factory, data):
     x = unit(kinds, width, seed)[np.random.default_rng(seed).integers(0, kinds, sum(sizes))]
     ids = [f"id {i}" for i in range(len(x))] if strings else list(range(7, 7 + len(x)))
     options = {"precision": precision, "rescore": rescore, "width": width}
-    ranges = calibrate(torch.from_numpy(x), "int8") if precision in ("int8", "int4") else None
+    ranges = np.stack([x.min(0), x.max(0)]) if precision in ("int8", "int4") else None
     one = Index.build(folder / "one", x, ids=ids, ranges=ranges, **options)
     start = 0
     for number, size in enumerate(sizes):
