@@ -31,7 +31,7 @@ size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 extern const SearchKernels search_kernels;
 const SearchKernels search_kernels = {LEAFKERN_TEXT(LEAFKERN_ISA),
-                                      {kValues<Int8>, kValues<Int4>, kValues<Bits>, kSigns}};
+                                      {kValues<Int8>, kValues<Int4>, kBits, kSigns}};
 
 }  // namespace LEAFKERN_ISA
 }  // namespace leafkern

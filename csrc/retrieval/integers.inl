@@ -1,4 +1,4 @@
-// int8, int4 and bits by one register tile: 32 dimensions of a base row are decoded to unsigned bytes, multiplied with
+// int8 and int4 by one register tile: 32 dimensions of a base row are decoded to unsigned bytes, multiplied with
 // four queries at a time, and the scores compared with the queries' thresholds before anything is stored.
 
 constexpr int kTile = 4;               // queries per register tile
@@ -34,25 +34,6 @@ struct Int4 {
         const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
         const __m256i shifted = _mm256_srlv_epi64(both, _mm256_setr_epi64x(0, 0, 4, 4));
         return _mm256_and_si256(shifted, _mm256_set1_epi8(15));
-    }
-#endif
-};
-
-struct Bits {
-    static constexpr int kBytes = 4, kLargest = 1;
-    static int dimension(int place) { return place; }
-    static int value(const uint8_t* row, int place, uint8_t flip) {
-        return (row[place / 8] ^ flip) >> (7 - place % 8) & 1;
-    }
-#if defined(__AVX2__)
-    static __m256i load(const uint8_t* row, __m256i flip) {
-        int32_t word;
-        std::memcpy(&word, row, 4);
-        const __m256i all = _mm256_xor_si256(_mm256_set1_epi32(word), flip);
-        const __m256i byte_of_place = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-        const __m256i bit_of_place = _mm256_set1_epi64x(0x0102040810204080);
-        const __m256i bit = _mm256_and_si256(_mm256_shuffle_epi8(all, byte_of_place), bit_of_place);
-        return _mm256_min_epu8(bit, _mm256_set1_epi8(1));
     }
 #endif
 };

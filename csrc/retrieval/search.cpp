@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 
@@ -42,7 +43,8 @@ struct Layout {
         const int64_t work = a.count * row * std::max<int64_t>(a.queries, 1);
         slots = static_cast<int>(std::clamp<int64_t>(work / kThreadWork, 1, std::max(a.threads, 1)));
         const int64_t by_keepers = kKeeperBytes / (sizeof(int64_t) * a.k * slots);
-        block = std::clamp<int64_t>(kQueryBytes / row, 12, 1536);
+        const int64_t query_bytes = form.packed_size(a.dim, 64) / 64;
+        block = std::clamp<int64_t>(kQueryBytes / query_bytes, 12, 1536);
         block = std::max<int64_t>(1, std::min({block, by_keepers, a.queries}));
         packed = aligned(form.packed_size(a.dim, static_cast<int>(block)));
         scratch = aligned(form.scratch_size(a.dim, static_cast<int>(block)));
@@ -98,13 +100,17 @@ struct Pass {
         if (end == direct) offer(tail_rows, layout.row, direct, 0, layout.tail, &kept, space);
     }
 
-    // S of the kernels -> I.
-    int64_t score(int64_t query, int64_t s) const {
-        if (a.form == Form::hamming) return a.dim + 2 * s;
-        int64_t sum = 0;
-        for (int d = 0; d < a.dim; ++d) sum += a.u[query * a.dim + d];
-        if (a.form == Form::bits) return 2 * s - sum;
-        return s - (a.form == Form::int8 ? 128 : 8) * sum;
+    // I = zero + factor*S.
+    int64_t factor() const { return a.form == Form::hamming || a.form == Form::bits ? 2 : 1; }
+    int64_t zero(int64_t query) const {
+        if (a.form == Form::hamming) return -a.dim;
+        int64_t sum = 0, sizes = 0;
+        for (int d = 0; d < a.dim; ++d) {
+            const int u = a.u[query * a.dim + d];
+            sum += u;
+            sizes += std::abs(u);
+        }
+        return a.form == Form::bits ? -sizes : (a.form == Form::int8 ? -128 : -8) * sum;
     }
 
     void merge(int64_t query) const {
@@ -119,11 +125,10 @@ struct Pass {
             std::sort(keys_of, keys_of + more, std::greater<int64_t>());
             kept = merge_into(best, kept, keys_of, more);
         }
-        const int64_t row = first_query + query, zero = score(row, 0);
-        const int64_t factor = a.form == Form::hamming || a.form == Form::bits ? 2 : 1;
+        const int64_t row = first_query + query, add = zero(row);
         for (int64_t place = 0; place < a.k; ++place) {
             const bool found = place < kept;
-            a.scores[row * a.k + place] = found ? static_cast<int32_t>(zero + factor * (best[place] >> 32)) : INT_MIN;
+            a.scores[row * a.k + place] = found ? static_cast<int32_t>(add + factor() * (best[place] >> 32)) : INT_MIN;
             a.ids[row * a.k + place] = found ? 0xFFFFFFFFll - (best[place] & 0xFFFFFFFFll) : -1;
         }
     }
@@ -158,7 +163,9 @@ void search(const SearchKernels& kernels, const SearchArguments& a, unsigned cha
     std::memset(pass.tail_rows, 0, layout.tail_rows);
     for (int64_t i = 0; i < layout.tail; ++i)
         std::memcpy(pass.tail_rows + i * row, a.rows + (direct + i) * a.stride, stored);
-    pass.chunk = std::clamp<int64_t>(direct / (8 * layout.slots), 16, std::max<int64_t>(kChunkBytes / row, 16));
+    // Whole blocks of 128 rows, which bits are looked up in.
+    pass.chunk = std::clamp<int64_t>(direct / (8 * layout.slots), 1, std::max<int64_t>(kChunkBytes / row, 1));
+    pass.chunk = (pass.chunk + 127) / 128 * 128;
     const int64_t chunks = std::max<int64_t>((direct + pass.chunk - 1) / pass.chunk, 1);
     for (int64_t first = 0; first < a.queries; first += layout.block) {
         pass.first_query = first;
