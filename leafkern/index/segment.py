@@ -87,6 +87,7 @@ def open_mapped(
 
     Raises DamagedFileError, naming the file, when it is missing, truncated, not a segment, or not this index's.
     """
+    missing = f"{path}: the manifest names this file, but it is missing"
     try:
         found = path.stat().st_size
         if found != size:
@@ -95,9 +96,13 @@ def open_mapped(
             stored = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("_pad")}
     except FileNotFoundError:
-        raise DamagedFileError(f"{path}: the manifest names this file, but it is missing") from None
+        raise DamagedFileError(missing) from None
     except safetensors.SafetensorError as error:
         raise DamagedFileError(f"{path}: not a segment of an index ({error})") from None
+    except RuntimeError:  # torch opens the file a second time; a writer may have removed it just now
+        if path.exists():
+            raise
+        raise DamagedFileError(missing) from None
     for key, value in {"format": FORMAT, **metadata}.items():
         if stored.get(key) != value:
             raise DamagedFileError(f"{path}: not a segment of this index ({key}: {stored.get(key)!r}, not {value!r})")
