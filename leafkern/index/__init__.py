@@ -33,7 +33,7 @@ from leafkern.index.manifest import (
     is_part,
     query_fingerprint,
 )
-from leafkern.index.reader import Snapshot, levels_of
+from leafkern.index.reader import Candidates, Snapshot, levels_of
 from leafkern.index.segment import Column
 from leafkern.index.vectors import Rows, float32, matrix, random_rotation
 from leafkern.textio import check_finite, is_unicode
@@ -284,7 +284,14 @@ class Index:
         """As `search`, with row numbers (insertion numbers, int64) in place of ids."""
         return self._search(self._state, queries, k, oversample, query_bits, dim, encoder, prompt)
 
-    def _search(self, state: Snapshot, queries, k, oversample, query_bits, dim, encoder, prompt):
+    def candidates(
+        self, queries: object, k: int, *, oversample=4, query_bits=None, dim=None, encoder=None, prompt=None
+    ) -> Candidates:
+        """What `search` chooses from, so that several indexes can be searched as one (`reader.joined`)."""
+        state, choose = self._state, Snapshot.candidates
+        return self._search(state, queries, k, oversample, query_bits, dim, encoder, prompt, choose)
+
+    def _search(self, state, queries, k, oversample, query_bits, dim, encoder, prompt, choose=Snapshot.search_rows):
         self.require(encoder=query_fingerprint(encoder, self.encoder), prompt=prompt)
         queries = matrix("queries", queries)
         wide = queries.shape[1]
@@ -302,7 +309,7 @@ class Index:
                 raise InputError(f"{name}: expected an int >= 1, got {value!r}")
         queries = float32(queries)
         check_finite("queries", queries)
-        return state.search_rows(torch.from_numpy(queries), k, oversample, query_bits, dim)
+        return choose(state, torch.from_numpy(queries), k, oversample, query_bits, dim)
 
     def rows(self) -> np.ndarray:
         """The numbers of all rows that are not removed, int64, in order."""

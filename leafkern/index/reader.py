@@ -3,9 +3,10 @@
 A row's number is the place at which it was inserted, counted over all segments in their order, deleted rows included.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -163,20 +164,27 @@ class Snapshot:
 
         The candidates are the best of all segments together: how rows lie in segments changes no result.
         """
-        width = self.manifest["width"]
-        if self.rotation is not None:
-            queries = rotated(queries, self.rotation)
-        levels, wide = levels_of(self.manifest), queries.shape[1]
-        fine = "rescore" if "rescore" in levels else "codes" if wide > dim else None
-        coarse = [part.level("codes", levels["codes"], width).prefix(dim) for part in self.segments]
-        finer = [part.level(fine, levels[fine], width).prefix(wide) for part in self.segments] if fine else None
-        if finer and len(self.segments) == 1 and wide == dim:
-            k, allowed = min(k, self.segments[0].live), self.segments[0].allowed
+        if len(self.segments) == 1 and queries.shape[1] == dim and "rescore" in levels_of(self.manifest):
+            (part,) = self.segments
+            queries, coarse, finer = self._stages(queries, dim)
             scores, rows = search(
-                queries, coarse[0], k, rescore=finer[0], oversample=oversample, query_bits=query_bits, allowed=allowed
+                queries,
+                coarse[0],
+                min(k, part.live),
+                rescore=finer[0],
+                oversample=oversample,
+                query_bits=query_bits,
+                allowed=part.allowed,
             )
             return scores.numpy(), rows.numpy()
-        if finer and query_bits is None and levels["codes"] in ("binary", "ubinary"):
+        return self.candidates(queries, k, oversample, query_bits, dim).best(k)
+
+    def candidates(
+        self, queries: torch.Tensor, k: int, oversample: int, query_bits: int | None, dim: int
+    ) -> "Candidates":
+        """What `search_rows` chooses from: the best of all segments together."""
+        queries, coarse, finer = self._stages(queries, dim)
+        if finer and query_bits is None and self.manifest["precision"] in ("binary", "ubinary"):
             query_bits = 8
         keep = k * oversample if finer else k
         found = []
@@ -187,17 +195,27 @@ class Snapshot:
                 )
                 found.append((scores, rows + part.first))
         if not found:
-            return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
+            none = np.zeros((len(queries), 0), np.float32)
+            return Candidates(none.astype(np.int64), none, none, keep)
         scores, rows = (torch.cat(some, dim=1) for some in zip(*found))
-        if len(found) > 1:
-            # Stable, and the segments stand in order: equal scores stay in order of insertion.
-            places = scores.sort(dim=1, descending=True, stable=True).indices[:, :keep]
-            scores, rows = scores.gather(1, places), rows.gather(1, places)
+        # Stable, and the segments stand in order: equal scores stay in order of insertion.
+        places = scores.sort(dim=1, descending=True, stable=True).indices[:, :keep]
+        rows, order = rows.gather(1, places).sort(dim=1)
+        scores = fine = scores.gather(1, places).gather(1, order)
         if finer:
-            scores, rows = rescore(queries, _Joined(self, finer), rows, k)
-            if not torch.isfinite(scores).all():
+            fine, order = rescore(queries, _Joined(self, finer), rows, keep)
+            if not torch.isfinite(fine).all():
                 raise InputError("queries: scores overflow float32; scale the queries down")
-        return scores.numpy(), rows.numpy()
+            fine = fine.gather(1, order.sort(dim=1).indices)
+        return Candidates(rows.numpy(), scores.numpy(), fine.numpy(), keep)
+
+    def _stages(self, queries: torch.Tensor, dim: int) -> tuple[torch.Tensor, list[Quantized], list[Quantized] | None]:
+        """Queries as the codes need them; what each segment is scanned by, and rescored by, if at all."""
+        levels, width, wide = levels_of(self.manifest), self.manifest["width"], queries.shape[1]
+        fine = "rescore" if "rescore" in levels else "codes" if wide > dim else None
+        coarse = [part.level("codes", levels["codes"], width).prefix(dim) for part in self.segments]
+        finer = [part.level(fine, levels[fine], width).prefix(wide) for part in self.segments] if fine else None
+        return queries if self.rotation is None else rotated(queries, self.rotation), coarse, finer
 
     # -- looking up ------------------------------------------------------------------------------------------------
 
@@ -258,6 +276,35 @@ class Snapshot:
         ids = [part.live_ids() for part in self.segments]
         if ids and len(pa.chunked_array(ids).unique()) != self.manifest["count"]:
             raise DamagedFileError(f"{self.folder}: some ids occur twice")
+
+
+class Candidates(NamedTuple):
+    """What a search chooses from: for each query rows in rising order, and their scores in both stages, all (Q, C).
+
+    coarse, fine: of the first stage and of the second, which decides; without a second one, the same. keep: how many of
+    the best by coarse the second stage sees.
+    """
+
+    rows: np.ndarray
+    coarse: np.ndarray
+    fine: np.ndarray
+    keep: int
+
+    def best(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(scores, rows) of the k best; equal scores in order of rows."""
+        order = np.argsort(-self.fine, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(self.fine, order, 1), np.take_along_axis(self.rows, order, 1)
+
+
+def joined(found: Sequence[Candidates]) -> Candidates:
+    """Those of several indexes as those of one that holds all their rows, which must rise from one to the next.
+
+    What one index would not have kept for the second stage is left out here, too: so no result tells the two apart.
+    """
+    rows, coarse, fine = (np.concatenate(parts, axis=1) for parts in list(zip(*found))[:3])
+    keep = found[0].keep
+    kept = np.sort(np.argsort(-coarse, axis=1, kind="stable")[:, :keep], axis=1)
+    return Candidates(*(np.take_along_axis(values, kept, 1) for values in (rows, coarse, fine)), keep)
 
 
 def ranges_of(parts: list[Segment]) -> dict[str, torch.Tensor]:

@@ -1,10 +1,10 @@
 """Shards: an index in several folders, searched as one.
 
 A shard is the folder of an `Index`, wherever it lies. A folder of shards holds them and shards.json, which names them
-in their order and is written last. Results are those of one index that holds the shards' rows one after another, if the
-codes share their ranges (`Shards.build`; codes of a bit have none): the order is score, then shard, then insertion
-number. With rescoring each shard gives its own oversample*k candidates, all that one index would have and more, so that
-no score is lower than there.
+in their order and is written last. Results are those of one index that holds the shards' rows one after another, in the
+order of score, then shard, then insertion number; also the candidates of rescoring are the best of all shards together.
+Where codes of 8 or 4 bits have ranges of each shard's own, which `Shards.build` avoids, scores before rescoring are as
+exact as these codes are.
 """
 
 import os
@@ -23,6 +23,7 @@ from leafkern.errors import DamagedFileError, InputError
 from leafkern.files import TEMPORARY, confined, make_folder, read_json, remove_leftovers, write_json, writing
 from leafkern.index import Index
 from leafkern.index.manifest import checked_rescore, query_fingerprint
+from leafkern.index.reader import Candidates, joined
 from leafkern.index.vectors import Rows, id_array
 from leafkern.ops.quantization import CALIBRATION_ROWS
 
@@ -33,8 +34,6 @@ VERSION = 1
 SHARDS = "shards.json"
 # What all shards must have in common for their scores and ids to be comparable.
 _COMMON = ("width", "precision", "rescore", "encoder", "prompt", "texts", "ids", "rotates")
-
-Found = tuple[np.ndarray, np.ndarray]
 
 
 class MissingShardWarning(UserWarning):
@@ -94,7 +93,8 @@ class Shards:
         """Makes a folder of `shards` shards at `path`, in place of one that is there.
 
         Consecutive rows go to each, in equal numbers up to one. All other arguments are those of `Index.build`; ranges
-        None takes them from all vectors, for all shards. A kill leaves the shards that were there before.
+        None takes them from all vectors, for all shards (with `rotate`, each shard from its own). A kill leaves the
+        shards that were there before.
         """
         path = Path(path)
         existed = path.exists()
@@ -117,7 +117,8 @@ class Shards:
                 kept = None if ids is None else _checked_ids(ids, rows.count)
                 if texts is not None and len(texts) != rows.count:
                     raise InputError(f"texts: {len(texts)} for {rows.count} vectors; expected one each")
-                if ranges is None and {"int8", "int4"} & {precision, finer} and rows.count >= CALIBRATION_ROWS:
+                ranged = {"int8", "int4"} & {precision, finer} and options.get("rotate", False) is False
+                if ranges is None and ranged and rows.count >= CALIBRATION_ROWS:
                     ranges = rows.ranges(precision)
                 parts = _Parts(rows.blocks())
                 for number, (start, stop) in enumerate(even_parts(rows.count, shards)):
@@ -198,15 +199,20 @@ class Shards:
         for index in self._opened.values():
             index.require(**expected)
 
-    def search(self, queries: object, k: int, **options) -> Found:
+    def search(self, queries: object, k: int, **options) -> tuple[np.ndarray, np.ndarray]:
         """As `Index.search`, over all shards: (scores float32, ids), both (Q, min(k, N)), best first."""
-        return merge(self._each(lambda index: index.search(queries, k, **options)).values(), k)
+        scores, rows = self.search_rows(queries, k, **options)
+        return scores, self.ids_at(rows)
 
-    def search_rows(self, queries: object, k: int, **options) -> Found:
+    def search_rows(self, queries: object, k: int, **options) -> tuple[np.ndarray, np.ndarray]:
         """As `search`, with row numbers in place of ids: those of the first shard, then those of the next."""
+        return self.candidates(queries, k, **options).best(k)
+
+    def candidates(self, queries: object, k: int, **options) -> Candidates:
+        """As `Index.candidates`, over all shards."""
         starts = dict(zip(self._opened, self._starts))
-        found = self._each(lambda index: index.search_rows(queries, k, **options))
-        return merge([(scores, rows + starts[folder]) for folder, (scores, rows) in found.items()], k)
+        found = self._each(lambda index: index.candidates(queries, k, **options))
+        return joined([part._replace(rows=part.rows + starts[folder]) for folder, part in found.items()])
 
     def ids_at(self, rows: np.ndarray) -> np.ndarray:
         """The ids of row numbers, in an array of the same shape: int64, or strings as objects."""
@@ -229,10 +235,10 @@ class Shards:
                 out[inside] = read(index, rows[inside] - start)
         return out
 
-    def _each(self, call: Callable[[Index], Found]) -> dict[Path, Found]:
+    def _each(self, call: Callable[[Index], Candidates]) -> dict[Path, Candidates]:
         """call(index) of all shards, several at a time; with `partial`, of those that it doesn't find damaged."""
 
-        def guarded(index: Index) -> Found | Exception:
+        def guarded(index: Index) -> Candidates | Exception:
             try:
                 return call(index)
             except (DamagedFileError, OSError) as error:
@@ -300,13 +306,6 @@ def alike(infos: Mapping[Path, dict]) -> dict:
     sums = {name: sum(info[name] for info in infos.values()) for name in ("count", "deleted", "segments", "bytes")}
     shards = sum(info.get("shards", 1) for info in infos.values())
     return infos[first] | {"ids": None} | common | sums | {"shards": shards}
-
-
-def merge(found: Iterable[Found], k: int) -> Found:
-    """Results of shards, in their order, as one: best score first, then earlier shard, then the order there."""
-    scores, values = (np.concatenate(parts, axis=1) for parts in zip(*found))
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, best, 1), np.take_along_axis(values, best, 1)
 
 
 def even_parts(count: int, parts: int) -> list[tuple[int, int]]:

@@ -33,7 +33,8 @@ from leafkern.evaluate import prompt_for
 from leafkern.files import atomic_file, make_folder, read_json, remove_leftovers, write_json, writing
 from leafkern.index import Index
 from leafkern.index.manifest import checked_rescore
-from leafkern.index.shards import Shards, alike, even_parts, merge, shard_folders, warn_of_missing, write_shards
+from leafkern.index.reader import joined
+from leafkern.index.shards import Shards, alike, even_parts, shard_folders, warn_of_missing, write_shards
 from leafkern.index.vectors import matrix
 from leafkern.textio import BLOCK_ROWS, TEXT_FORMATS, iter_texts, suffix
 
@@ -178,7 +179,14 @@ class RayShards:
 
     def search(self, queries: object, k: int, **options) -> tuple[np.ndarray, np.ndarray]:
         """As `Shards.search`. options: as in `Index.search`; an encoder is given by its fingerprint."""
-        return merge(self._ask("search", _ray().put(matrix("queries", queries)), k, options).values(), k)
+        answers = self._ask("search", _ray().put(matrix("queries", queries)), k, options).values()
+        ids = np.concatenate([found for _, found in answers], axis=1)
+        # In place of rows, whose numbers other actors have too: the columns of `ids`.
+        columns = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        starts = np.cumsum([found.shape[1] for _, found in answers])[:-1]
+        parts = zip(answers, np.split(columns, starts, axis=1))
+        scores, columns = joined([found._replace(rows=part) for (found, _), part in parts]).best(k)
+        return scores, np.take_along_axis(ids, columns, 1)
 
     def close(self) -> None:
         """Ends the actors."""
@@ -235,7 +243,14 @@ class _Searcher:
         return _with_warnings(lambda: self._shards.info())
 
     def search(self, queries, k, options):
-        return _with_warnings(lambda: self._shards.search(queries, k, **options))
+        """The candidates of the search, and their ids."""
+
+        def call():
+            shards = self._shards
+            found = shards.candidates(queries, k, **options)
+            return found, shards.ids_at(found.rows)
+
+        return _with_warnings(call)
 
 
 def _with_warnings(call: Callable[[], object]) -> tuple[object, list[tuple[type[Warning], str]]]:

@@ -312,8 +312,8 @@ def slow_down(actor, seconds):
     def change(_):
         from leafkern import Index
 
-        search = Index.search
-        Index.search = lambda *arguments, **options: time.sleep(seconds) or search(*arguments, **options)
+        search = Index.candidates
+        Index.candidates = lambda *arguments, **options: time.sleep(seconds) or search(*arguments, **options)
         return os.getpid()
 
     return ray.get(actor.__ray_call__.remote(change))
