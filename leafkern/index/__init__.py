@@ -7,7 +7,6 @@ replaced: a kill at any point leaves the previous index whole. One writer at a t
 what they have mapped stays.
 """
 
-import json
 import os
 import uuid
 import warnings
@@ -35,8 +34,8 @@ from leafkern.index.manifest import (
 )
 from leafkern.index.reader import Candidates, Snapshot, levels_of
 from leafkern.index.segment import Column
-from leafkern.index.vectors import Rows, float32, matrix, random_rotation
-from leafkern.textio import check_finite, is_unicode
+from leafkern.index.vectors import Rows, check_texts, checked_source, float32, matrix, random_rotation
+from leafkern.textio import check_finite
 
 __all__ = ["PRECISIONS", "RESCORE_PRECISIONS", "ClippedWarning", "Index"]
 
@@ -134,7 +133,7 @@ class Index:
             "rescore": checked_rescore(precision, rescore),
             "encoder": fingerprint(encoder),
             "prompt": prompt,
-            "source": _checked_source(source),
+            "source": checked_source(source),
             "rotation": None,
             "ids": None,
             "next_id": 0,
@@ -262,6 +261,7 @@ class Index:
         oversample: int = 4,
         query_bits: int | None = None,
         dim: int | None = None,
+        allowed: object = None,
         encoder: object = None,
         prompt: str | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -273,43 +273,76 @@ class Index:
         Matryoshka learning makes them; their prefixes are not unit vectors). Queries may have from `dim` dimensions to
         D: the best candidates are scored again on as many, with the finest codes. int4 codes end at even dimensions,
         binary ones at multiples of 8; a rotated index has no prefixes.
+        allowed: only rows where it is true are searched, and N is how many these are: bool numpy or torch (n,) by row
+        number, n = `row_count`.
         """
         state = self._state
-        scores, rows = self._search(state, queries, k, oversample, query_bits, dim, encoder, prompt)
+        options = {"oversample": oversample, "query_bits": query_bits, "dim": dim, "allowed": allowed}
+        scores, rows = self._search(state, queries, k, **options, encoder=encoder, prompt=prompt)
         return scores, state.ids_at(rows)
 
     def search_rows(
-        self, queries: object, k: int, *, oversample=4, query_bits=None, dim=None, encoder=None, prompt=None
+        self,
+        queries: object,
+        k: int,
+        *,
+        oversample=4,
+        query_bits=None,
+        dim=None,
+        allowed=None,
+        encoder=None,
+        prompt=None,
     ):
         """As `search`, with row numbers (insertion numbers, int64) in place of ids."""
-        return self._search(self._state, queries, k, oversample, query_bits, dim, encoder, prompt)
+        return self._search(self._state, queries, k, oversample, query_bits, dim, allowed, encoder, prompt)
 
-    def candidates(
-        self, queries: object, k: int, *, oversample=4, query_bits=None, dim=None, encoder=None, prompt=None
-    ) -> Candidates:
-        """What `search` chooses from, so that several indexes can be searched as one (`reader.joined`)."""
-        state, choose = self._state, Snapshot.candidates
-        return self._search(state, queries, k, oversample, query_bits, dim, encoder, prompt, choose)
+    def candidates(self, queries: object, k: int, **options) -> Candidates:
+        """What `search` with these arguments chooses from: so several indexes are searched as one (`reader.joined`)."""
+        return self._search(self._state, queries, k, **options, choose=Snapshot.candidates)
 
-    def _search(self, state, queries, k, oversample, query_bits, dim, encoder, prompt, choose=Snapshot.search_rows):
+    def _search(
+        self,
+        state: Snapshot,
+        queries,
+        k,
+        oversample=4,
+        query_bits=None,
+        dim=None,
+        allowed=None,
+        encoder=None,
+        prompt=None,
+        choose=Snapshot.search_rows,
+    ):
         self.require(encoder=query_fingerprint(encoder, self.encoder), prompt=prompt)
         queries = matrix("queries", queries)
-        wide = queries.shape[1]
+        wide, width = queries.shape[1], state.manifest["width"]
         if dim is None:
             self.require(width=wide)
-            dim = self.width
-        elif not isinstance(dim, int) or isinstance(dim, bool) or not 1 <= dim <= self.width:
-            raise InputError(f"dim: expected an int from 1 to {self.width}, got {dim!r}")
-        elif not dim <= wide <= self.width:
-            raise InputError(f"queries: expected from {dim} (dim) to {self.width} dimensions, got {wide}")
-        elif state.rotation is not None and (dim, wide) != (self.width, self.width):
+            dim = width
+        elif not isinstance(dim, int) or isinstance(dim, bool) or not 1 <= dim <= width:
+            raise InputError(f"dim: expected an int from 1 to {width}, got {dim!r}")
+        elif not dim <= wide <= width:
+            raise InputError(f"queries: expected from {dim} (dim) to {width} dimensions, got {wide}")
+        elif state.rotation is not None and (dim, wide) != (width, width):
             raise InputError(f"dim: the vectors of {self.path} are rotated: their prefixes mean nothing; leave it out")
         for name, value in (("k", k), ("oversample", oversample)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}: expected an int >= 1, got {value!r}")
         queries = float32(queries)
         check_finite("queries", queries)
-        return choose(state, torch.from_numpy(queries), k, oversample, query_bits, dim)
+        if allowed is not None:
+            allowed = torch.as_tensor(allowed).cpu()
+            if allowed.dtype != torch.bool or allowed.shape != (state.row_count,):
+                raise InputError(
+                    f"allowed: expected a bool for each of {state.row_count} rows, removed ones included; got "
+                    f"{allowed.dtype} of shape {tuple(allowed.shape)}"
+                )
+        return choose(state, torch.from_numpy(queries), k, oversample, query_bits, dim, allowed)
+
+    @property
+    def row_count(self) -> int:
+        """Rows up to the last row number, removed ones included."""
+        return self._state.row_count
 
     def rows(self) -> np.ndarray:
         """The numbers of all rows that are not removed, int64, in order."""
@@ -354,7 +387,7 @@ class Index:
         leaves it. Many small segments are searched more slowly than one: `compact` joins them, nothing else does.
         """
         self.require(encoder=encoder, prompt=prompt)
-        state, source = self._state, _checked_source(source)
+        state, source = self._state, checked_source(source)
         with Rows(vectors, self.path, self.width) as rows:
             self.require(width=rows.width)
             self._check_new(rows, texts)
@@ -409,17 +442,7 @@ class Index:
         return old
 
     def _check_new(self, rows: Rows, texts: Sequence[str] | None) -> None:
-        if self.has_texts and rows.count and texts is None:
-            raise InputError("texts: the index keeps texts; give one per vector")
-        if texts is not None and not self.has_texts:
-            raise InputError("texts: the index was built without texts; build it anew to keep them")
-        if texts is not None and len(texts) != rows.count:
-            raise InputError(f"texts: {len(texts)} for {rows.count} vectors; expected one each")
-        for row, text in enumerate(() if texts is None else texts):
-            if not isinstance(text, str):
-                raise InputError(f"texts: row {row} is {type(text).__name__}, not str")
-            if not is_unicode(text):
-                raise InputError(f"texts: row {row} holds a lone surrogate, which is no valid Unicode text")
+        check_texts(texts, rows.count, self.has_texts)
         rows.check_finite()
 
     def _check_ranges(self, rows: Rows, ranges: object, rotate: bool | int) -> None:
@@ -431,12 +454,3 @@ class Index:
             raise InputError("ranges: an empty index takes them from the vectors first added; leave them out")
         if rotate is not False:
             raise InputError("ranges: a rotated index takes them from the rotated vectors; leave them out")
-
-
-def _checked_source(source: object) -> dict | None:
-    try:
-        if source is None or (isinstance(source, dict) and json.loads(json.dumps(source)) == source):
-            return source
-    except (TypeError, ValueError):
-        pass
-    raise InputError(f"source: expected a dict that JSON holds as it is, got {source!r:.80}")

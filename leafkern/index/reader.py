@@ -81,6 +81,14 @@ class Segment:
             )
         return torch.from_numpy(~deleted[: len(self)])
 
+    def among(self, allowed: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+        """Its rows (bool; None: all) that are not deleted and in `allowed`, bool of all rows; and how many they are."""
+        if allowed is None:
+            return self.allowed, self.live
+        inside = allowed[self.first : self.first + len(self)]
+        inside = inside if self.allowed is None else inside & self.allowed
+        return inside, int(inside.sum())
+
     def live_rows(self) -> np.ndarray:
         """The numbers of its rows that are not deleted."""
         inside = np.arange(len(self)) if self.allowed is None else np.flatnonzero(self.allowed.numpy())
@@ -149,6 +157,10 @@ class Snapshot:
             rotation = tensors(manifest["rotation"], {"rotation": (torch.float32, shape)})[1]["rotation"]
         return cls(folder, manifest, parts, rotation)
 
+    @property
+    def row_count(self) -> int:
+        return sum(map(len, self.segments))
+
     def files(self) -> list[tuple[Path, dict]]:
         """All its files, and what the manifest says of each."""
         found = [pair for part in self.segments for pair in part.parts]
@@ -158,41 +170,47 @@ class Snapshot:
     # -- search ----------------------------------------------------------------------------------------------------
 
     def search_rows(
-        self, queries: torch.Tensor, k: int, oversample: int, query_bits: int | None, dim: int
+        self,
+        queries: torch.Tensor,
+        k: int,
+        oversample: int,
+        query_bits: int | None,
+        dim: int,
+        allowed: torch.Tensor | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """(scores, row numbers) of the best rows for queries float32 (Q, D'); the first stage on `dim` dimensions.
 
-        The candidates are the best of all segments together: how rows lie in segments changes no result.
+        allowed: bool of all rows, or None. The candidates are the best of all segments together: how rows lie in
+        segments changes no result.
         """
         if len(self.segments) == 1 and queries.shape[1] == dim and "rescore" in levels_of(self.manifest):
-            (part,) = self.segments
             queries, coarse, finer = self._stages(queries, dim)
-            scores, rows = search(
-                queries,
-                coarse[0],
-                min(k, part.live),
-                rescore=finer[0],
-                oversample=oversample,
-                query_bits=query_bits,
-                allowed=part.allowed,
-            )
-            return scores.numpy(), rows.numpy()
-        return self.candidates(queries, k, oversample, query_bits, dim).best(k)
+            inside, count = self.segments[0].among(allowed)
+            options = {"rescore": finer[0], "oversample": oversample, "query_bits": query_bits, "allowed": inside}
+            scores, rows = search(queries, coarse[0], max(1, min(k, count)), **options)
+            return scores[:, :count].numpy(), rows[:, :count].numpy()
+        return self.candidates(queries, k, oversample, query_bits, dim, allowed).best(k)
 
     def candidates(
-        self, queries: torch.Tensor, k: int, oversample: int, query_bits: int | None, dim: int
+        self,
+        queries: torch.Tensor,
+        k: int,
+        oversample: int,
+        query_bits: int | None,
+        dim: int,
+        allowed: torch.Tensor | None,
     ) -> "Candidates":
-        """What `search_rows` chooses from: the best of all segments together."""
+        """What `search_rows` chooses from."""
         queries, coarse, finer = self._stages(queries, dim)
-        if finer and query_bits is None and self.manifest["precision"] in ("binary", "ubinary"):
+        rescoring = finer is not None
+        if rescoring and query_bits is None and self.manifest["precision"] in ("binary", "ubinary"):
             query_bits = 8
-        keep = k * oversample if finer else k
+        keep = k * oversample if rescoring else k
         found = []
         for part, level in zip(self.segments, coarse):
-            if part.live:
-                scores, rows = search(
-                    queries[:, :dim], level, min(keep, part.live), query_bits=query_bits, allowed=part.allowed
-                )
+            inside, count = part.among(allowed)
+            if count:
+                scores, rows = search(queries[:, :dim], level, min(keep, count), query_bits=query_bits, allowed=inside)
                 found.append((scores, rows + part.first))
         if not found:
             none = np.zeros((len(queries), 0), np.float32)
@@ -202,7 +220,7 @@ class Snapshot:
         places = scores.sort(dim=1, descending=True, stable=True).indices[:, :keep]
         rows, order = rows.gather(1, places).sort(dim=1)
         scores = fine = scores.gather(1, places).gather(1, order)
-        if finer:
+        if rescoring:
             fine, order = rescore(queries, _Joined(self, finer), rows, keep)
             if not torch.isfinite(fine).all():
                 raise InputError("queries: scores overflow float32; scale the queries down")
@@ -239,11 +257,10 @@ class Snapshot:
 
     def _checked(self, rows: object) -> np.ndarray:
         rows = np.asarray(rows)
-        count = sum(map(len, self.segments))
         if rows.size == 0:
             return rows.astype(np.int64)
-        if rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= count:
-            raise InputError(f"rows: expected row numbers from 0 to {count - 1}, as `search_rows` gives them")
+        if rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= self.row_count:
+            raise InputError(f"rows: expected row numbers from 0 to {self.row_count - 1}, as `search_rows` gives them")
         return rows.astype(np.int64)
 
     def _gather(self, rows: np.ndarray, read: Callable[..., np.ndarray], dtype: type = object) -> np.ndarray:

@@ -158,7 +158,7 @@ class Shards:
         warn_of_missing(self.missing, len(self.folders))
         infos = {folder: index.info() for folder, index in self._opened.items()}
         self._facts = alike(infos)
-        self._starts = np.cumsum([0, *(info["count"] + info["deleted"] for info in infos.values())])
+        self._starts = np.cumsum([0, *(index.row_count for index in self._opened.values())]).tolist()
 
     def __len__(self) -> int:
         return self._facts["count"]
@@ -190,6 +190,11 @@ class Shards:
     def has_texts(self) -> bool:
         return self._facts["texts"]
 
+    @property
+    def row_count(self) -> int:
+        """Rows up to the last row number, removed ones included."""
+        return self._starts[-1]
+
     def info(self) -> dict:
         """What the shards have in common, their number, and the sums of their rows and bytes."""
         return dict(self._facts)
@@ -208,10 +213,18 @@ class Shards:
         """As `search`, with row numbers in place of ids: those of the first shard, then those of the next."""
         return self.candidates(queries, k, **options).best(k)
 
-    def candidates(self, queries: object, k: int, **options) -> Candidates:
+    def candidates(self, queries: object, k: int, *, allowed: object = None, **options) -> Candidates:
         """As `Index.candidates`, over all shards."""
+        if allowed is not None and len(allowed) != self.row_count:
+            raise InputError(f"allowed: expected a bool for each of {self.row_count} rows, got {len(allowed)}")
         starts = dict(zip(self._opened, self._starts))
-        found = self._each(lambda index: index.candidates(queries, k, **options))
+
+        def one(index: Index) -> Candidates:
+            start = starts[index.path]
+            inside = None if allowed is None else allowed[start : start + index.row_count]
+            return index.candidates(queries, k, allowed=inside, **options)
+
+        found = self._each(one)
         return joined([part._replace(rows=part.rows + starts[folder]) for folder, part in found.items()])
 
     def ids_at(self, rows: np.ndarray) -> np.ndarray:

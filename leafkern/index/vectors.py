@@ -1,8 +1,9 @@
-"""Vectors and ids as callers give them to an index, checked and brought to one form."""
+"""Vectors, ids and texts as callers give them to an index, checked and brought to one form."""
 
+import json
 import numbers
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from leafkern.errors import InputError
 from leafkern.files import TEMPORARY
 from leafkern.ops import quantize
 from leafkern.ops.quantization import CALIBRATION_ROWS, check_fits, default_ranges
-from leafkern.textio import check_finite
+from leafkern.textio import check_finite, is_unicode
 
 _BLOCK_VALUES = 1 << 22
 
@@ -159,3 +160,28 @@ def id_array(ids: object) -> pa.Array:
         return pa.array(values, pa.large_string() if kind is str else pa.int64())
     except (OverflowError, pa.ArrowInvalid, UnicodeEncodeError) as error:
         raise InputError(f"ids: {error}") from None
+
+
+def check_texts(texts: Sequence[str] | None, count: int, kept: bool) -> None:
+    """Refuses texts for `count` vectors that an index, which keeps texts or doesn't, can't take."""
+    if kept and count and texts is None:
+        raise InputError("texts: the index keeps texts; give one per vector")
+    if texts is not None and not kept:
+        raise InputError("texts: the index was built without texts; build it anew to keep them")
+    if texts is not None and len(texts) != count:
+        raise InputError(f"texts: {len(texts)} for {count} vectors; expected one each")
+    for row, text in enumerate(() if texts is None else texts):
+        if not isinstance(text, str):
+            raise InputError(f"texts: row {row} is {type(text).__name__}, not str")
+        if not is_unicode(text):
+            raise InputError(f"texts: row {row} holds a lone surrogate, which is no valid Unicode text")
+
+
+def checked_source(source: object) -> dict | None:
+    """`source`, None or a dict that JSON gives back as it was."""
+    try:
+        if source is None or (isinstance(source, dict) and json.loads(json.dumps(source)) == source):
+            return source
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"source: expected a dict that JSON holds as it is, got {source!r:.80}")

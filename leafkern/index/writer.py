@@ -164,7 +164,9 @@ def find(snapshot: Snapshot, ids: object) -> list[np.ndarray]:
     """For each segment, which of its rows (bool) have one of `ids`, each of which must be in the index."""
     ids = id_array(ids).unique()
     has = snapshot.manifest["ids"]
-    if len(ids) and _kind(ids) != has:
+    if len(ids) == 0:
+        return []
+    if _kind(ids) != has:
         kind = "the index is empty" if has is None else f"the index has {has} ids"
         raise InputError(f"ids: {ids[0].as_py()!r} is not in the index ({kind})")
     found = []

@@ -178,7 +178,9 @@ class RayShards:
         self._facts = alike(self._ask("refresh"))
 
     def search(self, queries: object, k: int, **options) -> tuple[np.ndarray, np.ndarray]:
-        """As `Shards.search`. options: as in `Index.search`; an encoder is given by its fingerprint."""
+        """As `Shards.search`. options: as in `Index.search`, but `allowed`; an encoder is given by its fingerprint."""
+        if "allowed" in options:
+            raise InputError("allowed: actors know no row numbers of all shards; search them with leafkern.Shards")
         answers = self._ask("search", _ray().put(matrix("queries", queries)), k, options).values()
         ids = np.concatenate([found for _, found in answers], axis=1)
         # In place of rows, whose numbers other actors have too: the columns of `ids`.

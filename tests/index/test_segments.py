@@ -62,7 +62,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     operations=OPERATIONS,
     precision=st.sampled_from(PRECISIONS),
@@ -143,6 +143,35 @@ def test_row_numbers_stay_until_compaction(tmp_path):
     assert index.ids_at(index.rows()).tolist() == [*live.tolist(), 3]
     with pytest.raises(InputError, match="smaller_than: expected an int >= 1 or None, got 0"):
         index.compact(smaller_than=0)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_search_among_allowed_rows(tmp_path, precision):
+    x = unit_vectors(200)
+    rescore = None if precision in ("float32", "float16") else "float16"
+    index = Index.build(tmp_path / "i", x, precision=precision, rescore=rescore)
+    ranges = index._state.segments[0].tensors.get("codes_ranges")
+    for pieces in (1, 3):
+        if pieces > 1:
+            index = Index.build(tmp_path / "i", x[:50], precision=precision, rescore=rescore, ranges=ranges)
+            index.add(x[50:90])
+            index.add(x[90:])
+        index.remove([0, 60, 61])
+        for share in (0.5, 0.02, 0.0):
+            allowed = np.random.default_rng().random(200) < share
+            kept = np.flatnonzero(allowed & ~np.isin(np.arange(200), [0, 60, 61]))
+            found = index.search(x[:3], 7, allowed=allowed)
+            assert found[1].shape == (3, min(7, len(kept)))
+            if len(kept):
+                alone = Index.build(
+                    tmp_path / "alone", x[kept], ids=kept, precision=precision, rescore=rescore, ranges=ranges
+                )
+                for ours, expected in zip(found, alone.search(x[:3], 7)):
+                    np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6)
+        assert index.search(x[:3], 7, allowed=torch.ones(200, dtype=torch.bool))[0].shape == (3, 7)
+    for allowed in (np.ones(197, bool), np.ones(200), np.ones((200, 1), bool)):
+        with pytest.raises(InputError, match="allowed: expected a bool for each of 200 rows, removed ones included"):
+            index.search(x[:3], 7, allowed=allowed)
 
 
 def test_compaction_of_small_segments_only(tmp_path):

@@ -48,7 +48,7 @@ def same(found, expected):
     np.testing.assert_array_equal(found[0], expected[0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 @pytest.mark.usefixtures("threads")
 def test_any_split_equals_one_index(tmp_path_factory, data):
@@ -83,6 +83,12 @@ def test_any_split_equals_one_index(tmp_path_factory, data):
         same((scores, found), (expected_scores, expected))
         np.testing.assert_array_equal(rows, one.search_rows(queries, k, oversample=oversample)[1])
     np.testing.assert_array_equal(shards.ids_at(rows), found)
+    allowed = np.random.default_rng(seed).random(len(x)) < data.draw(st.sampled_from([0, 0.1, 0.9]))
+    for mine, expected in zip(shards.search(queries, k, allowed=allowed), one.search(queries, k, allowed=allowed)):
+        if precision == "float32" and mine.dtype == np.float32:
+            np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-6)
+        elif precision != "float32":
+            np.testing.assert_array_equal(mine, expected)
     shutil.rmtree(folder)
 
 
@@ -152,6 +158,8 @@ def test_a_shard_damaged_after_opening(parts, monkeypatch):
     assert set(ids[0]) == {f"d{i}" for i in range(120) if not 30 <= i < 60}
     with pytest.raises(InputError, match="k: expected an int >= 1"):
         partial.search(queries, 0)
+    with pytest.raises(InputError, match="allowed: expected a bool for each of 120 rows, got 30"):
+        partial.search(queries, 3, allowed=[True] * 30)
 
 
 @pytest.mark.parametrize(

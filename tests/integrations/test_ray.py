@@ -335,6 +335,8 @@ def test_searching_survives_the_loss_of_an_actor(cluster, tmp_path):
         same(shards.search(queries, 7, query_bits=8))
         with pytest.raises(InputError, match="k: expected an int >= 1, got 0"):
             shards.search(queries, 0)
+        with pytest.raises(InputError, match="allowed: actors know no row numbers"):
+            shards.search(queries, 1, allowed=np.ones(400, bool))
         # Killed in the middle of a search: its successor answers.
         pid, start = slow_down(shards._actors[1], 300), time.monotonic()
         timer = threading.Timer(1, os.kill, (pid, signal.SIGKILL))
