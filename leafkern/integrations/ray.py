@@ -34,7 +34,7 @@ from leafkern.files import atomic_file, make_folder, read_json, remove_leftovers
 from leafkern.index import Index
 from leafkern.index.manifest import checked_rescore
 from leafkern.index.reader import joined
-from leafkern.index.shards import Shards, alike, even_parts, shard_folders, warn_of_missing, write_shards
+from leafkern.index.shards import SHARDS, Shards, alike, even_parts, shard_folders, warn_of_missing, write_shards
 from leafkern.index.vectors import matrix
 from leafkern.textio import BLOCK_ROWS, TEXT_FORMATS, iter_texts, suffix
 
@@ -119,7 +119,7 @@ def build_shards(
     ranges = None if ranges is None else np.asarray(ranges, np.float32)
     options = {"field": field, "id_field": id_field, "dim": dim, "prompt": prompt, "precision": precision}
     options |= {"rescore": finer, "texts": texts, "ranges": ranges}
-    names = {file: file.name.split(".")[0] for file in _files(inputs, TEXT_FORMATS)}
+    names = {file: file.name[: -len(suffix(file))] for file in _files(inputs, TEXT_FORMATS)}
     output = Path(output)
     finished = _run(_IndexShards, names, output, model, options, workers, cpus, gpus, progress)
     write_shards(output, list(names.values()))
@@ -276,8 +276,10 @@ def _run(
     """Every file of `names` by some actors of class `worker`, to its name in the folder `output`."""
     taken: dict[str, Path] = {}
     for file, name in names.items():
-        if name in taken or name == RECEIPTS:
-            raise InputError(f"inputs: {file} and {taken.get(name, RECEIPTS)} would both be written to {output / name}")
+        if name in taken or name in (RECEIPTS, SHARDS):
+            raise InputError(
+                f"inputs: {file} and {taken.get(name, 'another')} would both be written to {output / name}"
+            )
         if (output / name).resolve() == file:
             raise InputError(f"output: {output} is the folder of the input {file}; choose another")
         taken[name] = file
