@@ -163,7 +163,7 @@ def read_json(path: str | os.PathLike, what: str) -> dict:
     """The JSON object in a file that leafkern or sentence-transformers wrote; `what` names it in the error."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long, nested too deeply
         raise DamagedFileError(f"{path}: not a readable {what} ({error})") from None
     if not isinstance(value, dict):
         raise DamagedFileError(f"{path}: not a {what} (a JSON object is expected)")

@@ -359,7 +359,7 @@ class Index:
         return self._state.texts_at(rows)
 
     def vectors_at(self, rows: np.ndarray) -> np.ndarray:
-        """float32 (N, D): the vectors of row numbers (N,), as the finest codes hold them; a rotation is undone."""
+        """float32 (..., D): the vectors of row numbers, as the finest codes hold them; a rotation is undone."""
         return self._state.vectors_at(rows)
 
     def verify(self) -> None:

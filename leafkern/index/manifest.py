@@ -106,6 +106,8 @@ def read_manifest(path: Path) -> dict:
         raise DamagedFileError(f"{file}: unknown precision {precision!r}, rescore {rescore!r}")
     if manifest["ids"] not in (None, "int64", "string") or manifest["width"] < 1:
         raise DamagedFileError(f"{file}: ids {manifest['ids']!r}, width {manifest['width']} are not valid")
+    if not 0 <= manifest["next_id"] < 1 << 63:
+        raise DamagedFileError(f"{file}: next_id {manifest['next_id']} is not valid")
     if (manifest["ids"] is None) != (not manifest["segments"]):
         raise DamagedFileError(f"{file}: ids are {manifest['ids']!r}, segments {len(manifest['segments'])}")
     if manifest["rotation"] is not None:

@@ -118,15 +118,18 @@ class Snapshot:
     @classmethod
     def open(cls, folder: Path, known: "Snapshot | None" = None) -> "Snapshot":
         """The newest state. Segments that `known` has mapped are not opened again."""
-        for attempt in range(_ATTEMPTS):
+        attempts = 0
+        while True:
             manifest = read_manifest(folder)
+            if known is not None and known.manifest["revision"] == manifest["revision"]:
+                return known
             try:
                 return cls._mapped(folder, manifest, known)
             except DamagedFileError:
                 # A writer may have removed files since the manifest was read: then there is a newer one.
-                if attempt == _ATTEMPTS - 1 or read_manifest(folder)["revision"] == manifest["revision"]:
+                attempts += 1
+                if attempts == _ATTEMPTS or read_manifest(folder)["revision"] == manifest["revision"]:
                     raise
-        raise AssertionError("unreachable")
 
     @classmethod
     def _mapped(cls, folder: Path, manifest: dict, known: "Snapshot | None") -> "Snapshot":
@@ -246,14 +249,15 @@ class Snapshot:
         return self._gather(rows, lambda part, inside: segments.strings_at(part.tensors, "text", inside, part.path))
 
     def vectors_at(self, rows: np.ndarray) -> np.ndarray:
-        """float32 (N, D): what the finest codes of rows (N,) stand for, before rotation."""
+        """float32 (..., D): what the finest codes of rows stand for, before rotation."""
         rows = self._checked(rows)
         if rows.size == 0:
-            return np.zeros((0, self.manifest["width"]), np.float32)
+            return np.zeros((*rows.shape, self.manifest["width"]), np.float32)
         name, precision = list(levels_of(self.manifest).items())[-1]
         levels = [part.level(name, precision, self.manifest["width"]) for part in self.segments]
-        found = dequantize(_Joined(self, levels)[torch.from_numpy(rows)])
-        return (found if self.rotation is None else rotated(found, self.rotation.T)).numpy()
+        found = dequantize(_Joined(self, levels)[torch.from_numpy(rows.ravel())])
+        found = found if self.rotation is None else rotated(found, self.rotation.T)
+        return found.view(*rows.shape, -1).numpy()
 
     def _checked(self, rows: object) -> np.ndarray:
         rows = np.asarray(rows)

@@ -340,6 +340,9 @@ def test_damaged_files(tmp_path):
         ({"ids": "string"}, DamagedFileError, "expected .*id_bytes"),
         ({"count": 3}, DamagedFileError, "counts 3 rows"),
         ({"segments": [3]}, DamagedFileError, "entry 'file' is missing"),
+        ({"segments": []}, DamagedFileError, "ids are 'int64', segments 0"),
+        ({"count": True}, DamagedFileError, "entry 'count' is missing or of the wrong type"),
+        ({"next_id": 1 << 63}, DamagedFileError, "next_id 9223372036854775808 is not valid"),
         ({"segments": None}, DamagedFileError, "entry 'segments' is missing"),
     ],
 )
@@ -366,7 +369,7 @@ def test_manifest_paths_are_confined(tmp_path):
     segment.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DamagedFileError, match="lies outside the folder"):
         Index.open(tmp_path / "i")
-    for content in ("", "[]", '{"format":', "\xff"):
+    for content in ("", "[]", '{"format":', "\xff", "9" * 5000, "[" * 100_000):
         file.write_bytes(content.encode("latin1"))
         with pytest.raises(DamagedFileError, match=r"manifest\.json"):
             Index.open(tmp_path / "i")

@@ -129,6 +129,8 @@ def test_row_numbers_stay_until_compaction(tmp_path):
     assert index.search_rows(x[live], 1)[1][:, 0].tolist() == live.tolist()
     assert index.info()["deleted"] == 3
     np.testing.assert_array_equal(index.vectors_at(live), x[live])
+    assert index.vectors_at(live[:6].reshape(3, 2)).shape == (3, 2, WIDTH)
+    assert index.vectors_at(live[:0]).shape == (0, WIDTH)
     with pytest.raises(InputError, match="ids: 3 is not in the index"):
         index.remove([3])
     index.add(x[[3]], ids=[3])  # a removed id may come again
