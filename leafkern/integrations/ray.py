@@ -277,9 +277,8 @@ def _run(
     taken: dict[str, Path] = {}
     for file, name in names.items():
         if name in taken or name in (RECEIPTS, SHARDS):
-            raise InputError(
-                f"inputs: {file} and {taken.get(name, 'another')} would both be written to {output / name}"
-            )
+            other = taken.get(name, "another")
+            raise InputError(f"inputs: {file} and {other} would both be written to {output / name}")
         if (output / name).resolve() == file:
             raise InputError(f"output: {output} is the folder of the input {file}; choose another")
         taken[name] = file
