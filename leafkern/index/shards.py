@@ -11,10 +11,13 @@ import os
 import shutil
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +35,8 @@ __all__ = ["MissingShardWarning", "Shards", "open_index"]
 FORMAT = "leafkern-shards"
 VERSION = 1
 SHARDS = "shards.json"
+# Each attempt to open shards that fails means that a writer has replaced all of them meanwhile.
+_ATTEMPTS = 8
 # What all shards must have in common for their scores and ids to be comparable.
 _COMMON = ("width", "precision", "rescore", "encoder", "prompt", "texts", "ids", "rotates")
 
@@ -40,15 +45,24 @@ class MissingShardWarning(UserWarning):
     """Some shards could not be read; results are those of the others."""
 
 
+class _State(NamedTuple):
+    """Opened shards. starts: the number of each one's first row, and of all rows; missing: why others are not here."""
+
+    indexes: dict[Path, Index]
+    starts: list[int]
+    facts: dict
+    missing: dict[Path, Exception]
+
+
 class Shards:
     """Indexes in several folders, searched as one. Made by `Shards.open` or `Shards.build`.
 
-    folders: those of the shards, in order. missing: the error of each that could not be read (with `partial` only).
+    A handle shows the shards as they were when it was opened or refreshed, to any number of threads.
     """
 
-    def __init__(self, folders: Sequence[Path], partial: bool = False):
-        """Opens the indexes in `folders`; `Shards.open` also takes a folder of them and checks what they hold."""
-        self.folders, self.partial = list(folders), partial
+    def __init__(self, where: str | os.PathLike | Iterable[str | os.PathLike], partial: bool = False):
+        """Opens the shards; `Shards.open` also checks what they hold."""
+        self._where, self.partial = where if isinstance(where, str | os.PathLike) else list(where), partial
         self.refresh()
 
     @classmethod
@@ -70,7 +84,7 @@ class Shards:
         Errors: InputError where no shards are, or where they differ in width, precisions, kind of ids, texts, encoder
         or prompt; DamagedFileError for a damaged file. Each names the folder.
         """
-        shards = cls(shard_folders(where), partial)
+        shards = cls(where, partial)
         known = query_fingerprint(encoder, shards.encoder)
         shards.require(width=width, precision=precision, encoder=known, prompt=prompt)
         return shards
@@ -142,113 +156,132 @@ class Shards:
         return cls.open(path)
 
     def refresh(self) -> None:
-        """Opens every shard as it now stands on disk."""
-        self._opened: dict[Path, Index] = {}
-        self.missing: dict[Path, Exception] = {}
-        for folder in self.folders:
+        """Shows every shard as it now stands on disk, and the shards that are there now."""
+        for attempt in range(_ATTEMPTS):
+            folders = shard_folders(self._where)
             try:
-                self._opened[folder] = Index.open(folder)
+                state = self._opened(folders)
+                if state.missing and shard_folders(self._where) != folders:
+                    continue
+            except (InputError, DamagedFileError):
+                # Shards that a writer has meanwhile put others in place of are gone.
+                if attempt == _ATTEMPTS - 1 or shard_folders(self._where) == folders:
+                    raise
+            else:
+                break
+        warn_of_missing(state.missing, len(folders))
+        self._state = state
+
+    def _opened(self, folders: Sequence[Path]) -> _State:
+        indexes, missing = {}, {}
+        for folder in folders:
+            try:
+                indexes[folder] = Index.open(folder)
             except (InputError, DamagedFileError, OSError) as error:
                 if not self.partial:
                     raise
-                self.missing[folder] = error
-        if not self._opened:
-            folder, error = next(iter(self.missing.items()))
-            raise DamagedFileError(f"none of {len(self.folders)} shards can be read; {folder}: {error}")
-        warn_of_missing(self.missing, len(self.folders))
-        infos = {folder: index.info() for folder, index in self._opened.items()}
-        self._facts = alike(infos)
-        self._starts = np.cumsum([0, *(index.row_count for index in self._opened.values())]).tolist()
+                missing[folder] = error
+        if not indexes:
+            folder, error = next(iter(missing.items()))
+            raise DamagedFileError(f"none of {len(folders)} shards can be read; {folder}: {error}")
+        facts = alike({folder: index.info() for folder, index in indexes.items()})
+        starts = [0, *accumulate(index.row_count for index in indexes.values())]
+        return _State(indexes, starts, facts, missing)
 
     def __len__(self) -> int:
-        return self._facts["count"]
+        return self._state.facts["count"]
 
     def __repr__(self) -> str:
-        return f"Shards({len(self._opened)} of {len(self)} × {self.width}, {self.precision}, rescore {self.rescore})"
+        return (
+            f"Shards({len(self._state.indexes)}: {len(self)} × {self.width}, {self.precision}, rescore {self.rescore})"
+        )
 
     @property
     def width(self) -> int:
-        return self._facts["width"]
+        return self._state.facts["width"]
 
     @property
     def precision(self) -> str:
-        return self._facts["precision"]
+        return self._state.facts["precision"]
 
     @property
     def rescore(self) -> str | None:
-        return self._facts["rescore"]
+        return self._state.facts["rescore"]
 
     @property
     def encoder(self) -> str | None:
-        return self._facts["encoder"]
+        return self._state.facts["encoder"]
 
     @property
     def prompt(self) -> str | None:
-        return self._facts["prompt"]
+        return self._state.facts["prompt"]
 
     @property
     def has_texts(self) -> bool:
-        return self._facts["texts"]
+        return self._state.facts["texts"]
 
     @property
     def row_count(self) -> int:
         """Rows up to the last row number, removed ones included."""
-        return self._starts[-1]
+        return self._state.starts[-1]
+
+    @property
+    def missing(self) -> dict[Path, Exception]:
+        """Why shards could not be opened, by their folders: only with `partial`."""
+        return dict(self._state.missing)
 
     def info(self) -> dict:
         """What the shards have in common, their number, and the sums of their rows and bytes."""
-        return dict(self._facts)
+        return dict(self._state.facts)
 
     def require(self, **expected) -> None:
         """As `Index.require`, of every shard."""
-        for index in self._opened.values():
+        for index in self._state.indexes.values():
             index.require(**expected)
 
     def search(self, queries: object, k: int, **options) -> tuple[np.ndarray, np.ndarray]:
         """As `Index.search`, over all shards: (scores float32, ids), both (Q, min(k, N)), best first."""
-        scores, rows = self.search_rows(queries, k, **options)
-        return scores, self.ids_at(rows)
+        state = self._state
+        scores, rows = self._candidates(state, queries, k, **options).best(k)
+        return scores, _ids_at(state, rows)
 
     def search_rows(self, queries: object, k: int, **options) -> tuple[np.ndarray, np.ndarray]:
         """As `search`, with row numbers in place of ids: those of the first shard, then those of the next."""
-        return self.candidates(queries, k, **options).best(k)
+        return self._candidates(self._state, queries, k, **options).best(k)
 
-    def candidates(self, queries: object, k: int, *, allowed: object = None, **options) -> Candidates:
-        """As `Index.candidates`, over all shards."""
-        if allowed is not None and len(allowed) != self.row_count:
-            raise InputError(f"allowed: expected a bool for each of {self.row_count} rows, got {len(allowed)}")
-        starts = dict(zip(self._opened, self._starts))
+    def candidates(self, queries: object, k: int, **options) -> tuple[Candidates, np.ndarray]:
+        """What `search` with these arguments chooses from, and the ids of their rows."""
+        state = self._state
+        found = self._candidates(state, queries, k, **options)
+        return found, _ids_at(state, found.rows)
+
+    def ids_at(self, rows: np.ndarray) -> np.ndarray:
+        """The ids of row numbers, in an array of the same shape: int64, or strings as objects."""
+        return _ids_at(self._state, rows)
+
+    def texts_at(self, rows: np.ndarray) -> np.ndarray:
+        """The stored texts of row numbers, as objects in an array of the same shape."""
+        return _gather(self._state, rows, Index.texts_at, object)
+
+    def verify(self) -> None:
+        """`Index.verify` of every shard. That no two shards have an id in common is not looked at."""
+        for index in self._state.indexes.values():
+            index.verify()
+
+    def _candidates(self, state: _State, queries: object, k: int, *, allowed: object = None, **options) -> Candidates:
+        if allowed is not None and len(allowed) != state.starts[-1]:
+            raise InputError(f"allowed: expected a bool for each of {state.starts[-1]} rows, got {len(allowed)}")
+        starts = dict(zip(state.indexes, state.starts))
 
         def one(index: Index) -> Candidates:
             start = starts[index.path]
             inside = None if allowed is None else allowed[start : start + index.row_count]
             return index.candidates(queries, k, allowed=inside, **options)
 
-        found = self._each(one)
+        found = self._each(state, one)
         return joined([part._replace(rows=part.rows + starts[folder]) for folder, part in found.items()])
 
-    def ids_at(self, rows: np.ndarray) -> np.ndarray:
-        """The ids of row numbers, in an array of the same shape: int64, or strings as objects."""
-        return self._gather(np.asarray(rows), Index.ids_at, object if self._facts["ids"] == "string" else np.int64)
-
-    def texts_at(self, rows: np.ndarray) -> np.ndarray:
-        """The stored texts of row numbers, as objects in an array of the same shape."""
-        return self._gather(np.asarray(rows), Index.texts_at, object)
-
-    def verify(self) -> None:
-        """`Index.verify` of every shard. That no two shards have an id in common is not looked at."""
-        for index in self._opened.values():
-            index.verify()
-
-    def _gather(self, rows: np.ndarray, read: Callable[[Index, np.ndarray], np.ndarray], dtype: type) -> np.ndarray:
-        out = np.empty(rows.shape, dtype)
-        for index, start, stop in zip(self._opened.values(), self._starts, self._starts[1:]):
-            inside = (rows >= start) & (rows < stop)
-            if inside.any():
-                out[inside] = read(index, rows[inside] - start)
-        return out
-
-    def _each(self, call: Callable[[Index], Candidates]) -> dict[Path, Candidates]:
+    def _each(self, state: _State, call: Callable[[Index], Candidates]) -> dict[Path, Candidates]:
         """call(index) of all shards, several at a time; with `partial`, of those that it doesn't find damaged."""
 
         def guarded(index: Index) -> Candidates | Exception:
@@ -259,18 +292,35 @@ class Shards:
                     raise
                 return error
 
-        threads = min(len(self._opened), torch.get_num_threads())
+        threads = min(len(state.indexes), torch.get_num_threads())
         if threads == 1:
-            results = [guarded(index) for index in self._opened.values()]
+            results = [guarded(index) for index in state.indexes.values()]
         else:
             with ThreadPoolExecutor(threads) as pool:
-                results = list(pool.map(guarded, self._opened.values()))
-        found = dict(zip(self._opened, results))
+                results = list(pool.map(guarded, state.indexes.values()))
+        found = dict(zip(state.indexes, results))
         missing = {folder: result for folder, result in found.items() if isinstance(result, Exception)}
         if len(missing) == len(found):
             raise results[0]
-        warn_of_missing(missing, len(self.folders))
+        warn_of_missing(missing, len(found) + len(state.missing))
         return {folder: result for folder, result in found.items() if folder not in missing}
+
+
+def _ids_at(state: _State, rows: np.ndarray) -> np.ndarray:
+    return _gather(state, rows, Index.ids_at, object if state.facts["ids"] == "string" else np.int64)
+
+
+def _gather(state: _State, rows: object, read: Callable[[Index, np.ndarray], np.ndarray], dtype: type) -> np.ndarray:
+    """read(index, its row numbers) for each row number of all shards."""
+    rows = np.asarray(rows)
+    out = np.empty(rows.shape, dtype)
+    if rows.size and (rows.min() < 0 or rows.max() >= state.starts[-1]):
+        raise InputError(f"rows: expected row numbers from 0 to {state.starts[-1] - 1}, as `search_rows` gives them")
+    for index, start, stop in zip(state.indexes.values(), state.starts, state.starts[1:]):
+        inside = (rows >= start) & (rows < stop)
+        if inside.any():
+            out[inside] = read(index, rows[inside] - start)
+    return out
 
 
 def open_index(path: str | os.PathLike) -> Index | Shards:
@@ -284,6 +334,9 @@ def shard_folders(where: str | os.PathLike | Iterable[str | os.PathLike]) -> lis
         folders = [Path(folder) for folder in where]
         if not folders:
             raise InputError("shards: an empty list; expected at least one folder of an index")
+        twice = [folder for folder, count in Counter(folders).items() if count > 1]
+        if twice:
+            raise InputError(f"shards: {twice[0]} is named more than once")
         return folders
     file = Path(where) / SHARDS
     if not file.is_file():

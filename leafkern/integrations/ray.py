@@ -132,7 +132,8 @@ class RayShards:
     where: as in `Shards.open`. workers: actors, each with `cpus` threads. An actor that dies is started again, with
     the shards as they then are on disk, and asked again, up to `retries` times per search. timeout: seconds that a
     search may take, actors' starts included; None: any. partial: go on, with a warning, without the shards that can't
-    be read or whose actor doesn't answer. A context manager; `close` ends the actors.
+    be read or whose actor doesn't answer. Which folders these are is settled here. A context manager; `close` ends the
+    actors.
 
     Errors: those of `Shards.open` and `Index.search`, as they would be raised here; NoAnswerError.
     """
@@ -245,14 +246,7 @@ class _Searcher:
         return _with_warnings(lambda: self._shards.info())
 
     def search(self, queries, k, options):
-        """The candidates of the search, and their ids."""
-
-        def call():
-            shards = self._shards
-            found = shards.candidates(queries, k, **options)
-            return found, shards.ids_at(found.rows)
-
-        return _with_warnings(call)
+        return _with_warnings(lambda: self._shards.candidates(queries, k, **options))
 
 
 def _with_warnings(call: Callable[[], object]) -> tuple[object, list[tuple[type[Warning], str]]]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 import leafkern
 from leafkern import Index, Shards, cli, files
 from leafkern.errors import DamagedFileError, InputError
-from leafkern.index.shards import MissingShardWarning
+from leafkern.index.shards import MissingShardWarning, open_index, shard_folders
 
 pytestmark = pytest.mark.filterwarnings("ignore::leafkern.ops._core.backend.FallbackWarning")
 
@@ -190,11 +191,15 @@ def test_build_equals_one_index(tmp_path, precision, n):
     one = Index.build(tmp_path / "one", x, precision=precision, rescore=None)
     whole = Shards.build(tmp_path / "whole", x, shards=3, precision=precision, rescore=None)
     blocks = Shards.build(tmp_path / "blocks", iter(np.array_split(x, 4)), shards=3, precision=precision, rescore=None)
-    for shards in (whole, blocks, Shards.open(tmp_path / "whole")):
-        assert [len(index) for index in map(Index.open, shards.folders)] == [n // 3, (n + 1) // 3, (n + 2) // 3]
+    for name, shards in (("whole", whole), ("blocks", blocks), ("whole", Shards.open(tmp_path / "whole"))):
+        assert [len(index) for index in map(Index.open, shard_folders(tmp_path / name))] == [
+            n // 3,
+            (n + 1) // 3,
+            (n + 2) // 3,
+        ]
         same(shards.search(queries, 9), one.search(queries, 9))
-    assert isinstance(leafkern.index.shards.open_index(tmp_path / "whole"), Shards)
-    assert isinstance(leafkern.index.shards.open_index(tmp_path / "one"), Index)
+    assert isinstance(open_index(tmp_path / "whole"), Shards)
+    assert isinstance(open_index(tmp_path / "one"), Index)
 
 
 def test_build_in_place_of_another(tmp_path):
@@ -329,3 +334,31 @@ def test_what_is_no_folder_of_shards(tmp_path):
         Shards.open(tmp_path / "one")
     with pytest.raises(InputError, match="an empty list"):
         Shards.open([])
+    with pytest.raises(InputError, match="one is named more than once"):
+        Shards.open([tmp_path / "one", str(tmp_path / "one")])
+    with pytest.raises(InputError, match=r"rows: expected row numbers from 0 to 8"):
+        Shards.open([tmp_path / "one"]).ids_at([9])
+
+
+def test_shards_replaced_while_they_are_opened(tmp_path, monkeypatch):
+    folder, x, y = tmp_path / "s", unit(9), unit(8)
+    options = {"shards": 2, "precision": "float32", "rescore": None}
+    opened, open_one = Shards.build(folder, x, **options), Index.open
+    for partial in (False, True):
+        replace = [True]
+
+        def replacing(path, replace=replace):
+            if replace:
+                replace.clear()
+                Shards.build(folder, y, **options)
+            return open_one(path)
+
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            patch.setattr(Index, "open", replacing)
+            shards = Shards.open(folder, partial=partial)
+        np.testing.assert_array_equal(shards.search(y, 1)[1][:, 0], range(8))
+    # What was open stays what it was, until it is refreshed.
+    np.testing.assert_array_equal(opened.search(x, 1)[1][:, 0], range(9))
+    opened.refresh()
+    np.testing.assert_array_equal(opened.search(y, 1)[1][:, 0], range(8))

@@ -18,7 +18,7 @@ import pytest
 
 from leafkern import Encoder, Index, Shards
 from leafkern.errors import DamagedFileError, InputError
-from leafkern.index.shards import MissingShardWarning
+from leafkern.index.shards import MissingShardWarning, shard_folders
 from leafkern.integrations import ray as ours
 
 WORDS = ["the leaf", "a kernel of search", "how to list a file", "python", "vector search is the kernel", ""]
@@ -325,6 +325,7 @@ def test_searching_survives_the_loss_of_an_actor(cluster, tmp_path):
 
     x, queries = unit(400), unit(5)
     local = Shards.build(tmp_path / "s", x, shards=5, ids=[f"d{i}" for i in range(400)], precision="binary")
+    folders = shard_folders(tmp_path / "s")
 
     def same(found):
         for mine, expected in zip(found, local.search(queries, 7, query_bits=8)):
@@ -357,13 +358,13 @@ def test_searching_survives_the_loss_of_an_actor(cluster, tmp_path):
         shards.partial = True
         with pytest.warns(MissingShardWarning, match="2 of 5 shards can't be read"):
             scores, ids = shards.search(queries, 7)
-        rest = Shards.open(local.folders[2:]).search(queries, 7)
+        rest = Shards.open(folders[2:]).search(queries, 7)
         np.testing.assert_array_equal(scores, rest[0])
         np.testing.assert_array_equal(ids, rest[1])
     with pytest.raises(InputError, match=r"ended by close"):
         shards.search(queries, 7)
 
-    (local.folders[3] / "manifest.json").write_text("{")
+    (folders[3] / "manifest.json").write_text("{")
     with pytest.raises(DamagedFileError, match=r"-00003.manifest.json: not a readable manifest"):
         ours.RayShards(tmp_path / "s")
     with pytest.warns(MissingShardWarning, match=r"1 of 3 shards can't be read.*-00003"):
@@ -372,5 +373,5 @@ def test_searching_survives_the_loss_of_an_actor(cluster, tmp_path):
         warnings.simplefilter("error")
         found = shards.search(queries, 7)
         assert len(shards) == 320
-    rest = Shards.open([folder for folder in local.folders if folder != local.folders[3]]).search(queries, 7)
+    rest = Shards.open([folder for folder in folders if folder != folders[3]]).search(queries, 7)
     np.testing.assert_array_equal(found[1], rest[1])
