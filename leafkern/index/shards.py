@@ -192,9 +192,8 @@ class Shards:
         return self._state.facts["count"]
 
     def __repr__(self) -> str:
-        return (
-            f"Shards({len(self._state.indexes)}: {len(self)} × {self.width}, {self.precision}, rescore {self.rescore})"
-        )
+        shards = len(self._state.indexes)
+        return f"Shards({shards} shards: {len(self)} × {self.width}, {self.precision}, rescore {self.rescore})"
 
     @property
     def width(self) -> int:
