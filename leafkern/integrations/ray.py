@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from leafkern.bulk import Documents, documents
+from leafkern.bulk import documents
 from leafkern.console import described
 from leafkern.encode import Encoder
 from leafkern.errors import DamagedFileError, InputError, unknown_name
@@ -399,21 +399,21 @@ class _IndexShards(_Worker):
 
     def encode(self, source, target):
         options = self.options
-        if _is_empty(source):
-            given = Documents(iter(()), None, [], self.encoder, self.prompt())
-        else:
+        vectors, ids, texts = iter(()), None, []
+        if not _is_empty(source):
             given = documents(self.encoder, source, options["field"], options["id_field"], options["prompt"])
+            vectors, ids, texts = given.vectors, given.ids, given.texts
         index = Index.build(
             target,
-            given.vectors,
-            ids=given.ids,
-            texts=given.texts if options["texts"] else None,
-            encoder=given.encoder,
-            prompt=given.prompt,
+            vectors,
+            ids=ids,
+            texts=texts if options["texts"] else None,
+            encoder=self.encoder,
+            prompt=self.prompt(),
             precision=options["precision"],
             rescore=options["rescore"],
             width=self.encoder.dim,
-            ranges=options["ranges"] if given.texts else None,
+            ranges=options["ranges"] if texts else None,
         )
         return len(index)
 
