@@ -346,9 +346,17 @@ def shard_folders(where: str | os.PathLike | Iterable[str | os.PathLike]) -> lis
         raise DamagedFileError(f"{file}: not a list of shards (format {known.get('format')!r})")
     if known.get("version") != VERSION:
         raise InputError(f"{file}: format version {known.get('version')!r}; this leafkern reads version {VERSION}")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise DamagedFileError(f"{file}: entry 'shards' is missing or not a list of names")
+    if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
+        raise DamagedFileError(f"{file}: entry 'shards' is missing or not a list of different names")
+    for name in names:
+        if not is_shard_name(name):
+            raise DamagedFileError(f"{file}: {name!r:.80} is not the name of a folder in it")
     return [confined(where, name) for name in names]
+
+
+def is_shard_name(name: object) -> bool:
+    """Whether shards.json may hold a folder of this name."""
+    return isinstance(name, str) and name.isprintable() and Path(name).name == name and len(name.encode()) < 256
 
 
 def write_shards(path: Path, names: Sequence[str]) -> None:

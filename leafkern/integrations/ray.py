@@ -34,7 +34,16 @@ from leafkern.files import atomic_file, make_folder, read_json, remove_leftovers
 from leafkern.index import Index
 from leafkern.index.manifest import checked_rescore
 from leafkern.index.reader import joined
-from leafkern.index.shards import SHARDS, Shards, alike, even_parts, shard_folders, warn_of_missing, write_shards
+from leafkern.index.shards import (
+    SHARDS,
+    Shards,
+    alike,
+    even_parts,
+    is_shard_name,
+    shard_folders,
+    warn_of_missing,
+    write_shards,
+)
 from leafkern.index.vectors import matrix
 from leafkern.textio import BLOCK_ROWS, TEXT_FORMATS, iter_texts, suffix
 
@@ -270,6 +279,8 @@ def _run(
     """Every file of `names` by some actors of class `worker`, to its name in the folder `output`."""
     taken: dict[str, Path] = {}
     for file, name in names.items():
+        if not is_shard_name(name):
+            raise InputError(f"inputs: {file}: its name is not printable; rename it")
         if name in taken or name in (RECEIPTS, SHARDS):
             other = taken.get(name, "another")
             raise InputError(f"inputs: {file} and {other} would both be written to {output / name}")
@@ -326,10 +337,13 @@ class _Worker:
         try:
             torch.set_num_threads(self._threads)
             rows, kept = self._file(Path(job["input"]), Path(job["output"]))
-        except (InputError, DamagedFileError, OSError) as error:
+        except (InputError, DamagedFileError, OSError, pa.ArrowException) as error:
+            wrong = isinstance(error, InputError | pa.ArrowException)
             text = described(error)
+            if isinstance(error, pa.ArrowException):
+                text = f"not a readable parquet file ({str(error).splitlines()[0]})"
             where = "" if job["input"] in text or job["output"] in text else f"{job['input']}: "
-            return result | {"wrong": isinstance(error, InputError), "error": where + text}
+            return result | {"wrong": wrong, "error": where + text}
         return result | {"rows": rows, "kept": kept}
 
     @cached_property
@@ -420,12 +434,7 @@ class _IndexShards(_Worker):
 
 def _is_empty(source: Path) -> bool:
     """Whether a file has columns, but no rows, as other tools write them: nothing is wrong with it."""
-    if suffix(source) != ".parquet":
-        return False
-    try:
-        return pq.read_metadata(source).num_rows == 0
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{source}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    return suffix(source) == ".parquet" and pq.read_metadata(source).num_rows == 0
 
 
 def _files(inputs: Inputs, formats: tuple[str, ...]) -> list[Path]:
