@@ -112,8 +112,10 @@ class Index:
         what is first added.
         encoder (an `Encoder` or its fingerprint), prompt: what made the vectors; kept, and compared by `require`.
         width: D, needed only where `vectors` is an iterable without blocks.
-        rotate: True or a seed multiplies vectors and queries by a random rotation, kept in the index, which leaves all
-        dot products as they are and spreads what a few dimensions hold over all of them. True is seed 0.
+        rotate: True (seed 0) or a seed multiplies vectors and queries by a random rotation, kept in the index, which
+        leaves all dot products as they are and spreads what a few dimensions hold over all of them. That helps codes of
+        few bits where dimensions differ much. Those of all-MiniLM-L6-v2 hardly do: of 11,500 of its vectors, bits found
+        0.737 (mean of five seeds) of the ten best where they found 0.729 without; int4 0.934 and int8 0.993 both ways.
         source: a dict that JSON can hold, kept in the manifest as `Index.source`: where the vectors came from.
 
         Errors (InputError): NaN, infinity or values too large for float16 (row named), fewer than 100 vectors that are
@@ -428,7 +430,8 @@ class Index:
         """Writes all segments as one, without removed rows; how many were written anew.
 
         smaller_than: only segments of fewer rows, where several stand together or rows were removed. Rows keep their
-        order and get new numbers. Takes the memory of a block, and for a while the disk space of both.
+        order and get new numbers. Takes the memory of a block, and for a while the disk space of both. What a killed
+        writer left is removed, as by every change.
         """
         if smaller_than is not None and (not isinstance(smaller_than, int) or smaller_than < 1):
             raise InputError(f"smaller_than: expected an int >= 1 or None, got {smaller_than!r}")
@@ -439,6 +442,9 @@ class Index:
             with writer.changing(self.path, state.manifest) as change:
                 writer.compact(change, grouped, smaller_than)
             self.refresh()
+        else:
+            with writing(self.path):
+                writer.clean(self.path)
         return old
 
     def _check_new(self, rows: Rows, texts: Sequence[str] | None) -> None:

@@ -52,7 +52,7 @@ def changing(folder: Path, manifest: dict, *, anew: bool = False) -> Iterator[_C
     with writing(folder):
         if not anew and read_manifest(folder)["revision"] != manifest["revision"]:
             raise InputError(f"{folder}: changed on disk since it was opened; refresh it or open it again")
-        _clean(folder)
+        clean(folder)
         change = _Change(folder, manifest)
         try:
             yield change
@@ -64,10 +64,10 @@ def changing(folder: Path, manifest: dict, *, anew: bool = False) -> Iterator[_C
                 if name not in content:
                     (folder / name).unlink(missing_ok=True)
             raise
-        _clean(folder)
+        clean(folder)
 
 
-def _clean(folder: Path) -> None:
+def clean(folder: Path) -> None:
     """Removes temporary files, and the data files that the manifest on disk does not name."""
     remove_leftovers(folder)
     named = set()
