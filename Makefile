@@ -27,7 +27,7 @@ test: $(VENV)/installed-test
 		TRITON_INTERPRET=1 $(WORKERS) -m "interpreter and not slow"; \
 		$(RUN) -m pytest -m "compile and not slow"; fi
 
-# What `make test` leaves out for time.
+# What `make test` leaves out for time; `-k stress` are kills of an index's writer and its hundred readers.
 test-all: $(VENV)/installed-test
 	$(RUN) -m pytest -m "slow and not gpu"
 

@@ -7,10 +7,15 @@ import importlib
 
 __version__ = "0.1.0"
 
-_LAZY = {"Encoder": "leafkern.encode", "Index": "leafkern.index", "patch": "leafkern.integrations.patch"}
+_LAZY = {
+    "Encoder": "leafkern.encode",
+    "Index": "leafkern.index",
+    "Shards": "leafkern.index.shards",
+    "patch": "leafkern.integrations.patch",
+}
 _SUBMODULES = ("bench", "encode", "errors", "evaluate", "index", "nn", "ops", "train")
 
-__all__ = ["Encoder", "Index", "__version__", "patch", *_SUBMODULES]
+__all__ = ["Encoder", "Index", "Shards", "__version__", "patch", *_SUBMODULES]
 
 
 def __getattr__(name: str):

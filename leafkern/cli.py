@@ -182,15 +182,15 @@ def index_add(
 
 @index_app.command("info")
 def index_info(index: IndexPath, json_: Annotated[bool, typer.Option("--json", help="for machines")] = False) -> None:
-    """Print what an index holds.
+    """Print what an index, or a folder of shards, holds.
 
     Example: `leafkern index info my-index`
     """
     import json
 
-    from leafkern.index import Index
+    from leafkern.index.shards import open_index
 
-    facts = Index.open(index).info()
+    facts = open_index(index).info()
     if json_:
         print(json.dumps(facts))
     else:
@@ -201,13 +201,13 @@ def index_info(index: IndexPath, json_: Annotated[bool, typer.Option("--json", h
 
 @index_app.command("verify")
 def index_verify(index: IndexPath) -> None:
-    """Read an index in full and compare it with its checksums; exit 1 names the damaged file.
+    """Read an index, or a folder of shards, in full and compare it with its checksums; exit 1 names the damaged file.
 
     Example: `leafkern index verify my-index`
     """
-    from leafkern.index import Index
+    from leafkern.index.shards import open_index
 
-    opened = Index.open(index)
+    opened = open_index(index)
     opened.verify()
     print(f"{index}: {len(opened):,} vectors, as written")
 
@@ -228,17 +228,17 @@ def search(
 ) -> None:
     """Print rank, score, id and (where the index keeps them) text of the best documents.
 
-    The prompt is the model's "query" prompt where it has one.
+    INDEX may be a folder of shards. The prompt is the model's "query" prompt where it has one.
 
     Example: `leafkern search my-index my-model "how do I read a file line by line" -k 3`
     """
     import json
 
     from leafkern.evaluate import prompt_for
-    from leafkern.index import Index
+    from leafkern.index.shards import open_index
     from leafkern.textio import read_texts
 
-    opened = Index.open(index)
+    opened = open_index(index)
     queries = [text for given in query for text in (read_texts("-").texts if given == "-" else [given])]
     encoder = open_model(model, device)
     if encoder.dim < opened.width:

@@ -114,6 +114,7 @@ OPTIONAL = (
     ("flash-attn", "flash", "attention with heads of 96 and wider on CUDA"),
     ("pytest-benchmark", "bench", "leafkern bench"),
     ("faiss-cpu", "bench", "peer in leafkern bench search"),
+    ("ray", "ray", "encoding and search by several processes or machines"),
 )
 
 

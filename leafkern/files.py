@@ -30,7 +30,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def on_step(step: str, path: Path) -> None:
-    """Called before each "write", "fsync", "rename" and "fsync-folder"; tests replace it to inject crashes."""
+    """Called before each "write", "fsync", "rename", "fsync-folder", "remove"; tests replace it to inject crashes."""
 
 
 def _step(step: str, path: Path) -> None:
@@ -163,7 +163,7 @@ def read_json(path: str | os.PathLike, what: str) -> dict:
     """The JSON object in a file that leafkern or sentence-transformers wrote; `what` names it in the error."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long, nested too deeply
         raise DamagedFileError(f"{path}: not a readable {what} ({error})") from None
     if not isinstance(value, dict):
         raise DamagedFileError(f"{path}: not a {what} (a JSON object is expected)")
@@ -187,5 +187,11 @@ def remove_leftovers(folder: str | os.PathLike, keep: Callable[[str], bool] = la
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
-            with suppress(PermissionError):  # Windows keeps a file that is still open
-                entry.unlink(missing_ok=True)
+            remove_file(entry)
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file that nothing needs any more."""
+    _step("remove", path)
+    with suppress(PermissionError):  # Windows keeps a file that is still open; the next writer removes it
+        path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The manifest of an index: what is in it, and how it is read and checked."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from leafkern.ops.quantization import code_width
 FORMAT = "leafkern-index"
 VERSION = 1
 MANIFEST = "manifest.json"
+KINDS = ("segment", "deleted", "rotation")
 # From fine to coarse: the codes kept for rescoring must be finer than those scanned.
 PRECISIONS = ("float32", "float16", "int8", "int4", "ubinary", "binary")
 RESCORE_PRECISIONS = PRECISIONS[:4]
@@ -51,14 +53,22 @@ def query_fingerprint(encoder: object, has: str | None) -> str | None:
 
 def is_part(name: str) -> bool:
     """Whether a file of this name may be part of an index, whole or half-written."""
-    return (
-        name == MANIFEST
-        or name.startswith(TEMPORARY)
-        or (name.startswith("segment-") and name.endswith(".safetensors"))
-    )
+    return name == MANIFEST or name.startswith(TEMPORARY) or is_data(name)
+
+
+def is_data(name: str) -> bool:
+    """Whether an index writes files of this name, to be named by the manifest."""
+    return re.fullmatch(rf"({'|'.join(KINDS)})-[0-9a-f]{{16}}\.safetensors", name) is not None
+
+
+def data_files(manifest: dict) -> set[str]:
+    """The names of all files that the manifest names."""
+    entries = [*manifest["segments"], *(entry["deleted"] for entry in manifest["segments"]), manifest["rotation"]]
+    return {entry["file"] for entry in entries if entry is not None}
 
 
 _OPTIONAL_STRING = (str, type(None))
+_OPTIONAL_DICT = (dict, type(None))
 _TYPES = {
     "index": str,
     "revision": str,
@@ -67,13 +77,17 @@ _TYPES = {
     "rescore": _OPTIONAL_STRING,
     "encoder": _OPTIONAL_STRING,
     "prompt": _OPTIONAL_STRING,
+    "source": _OPTIONAL_DICT,
+    "rotation": _OPTIONAL_DICT,
     "ids": _OPTIONAL_STRING,
     "next_id": int,
     "texts": bool,
     "count": int,
     "segments": list,
 }
-_SEGMENT_TYPES = {"file": str, "layout": str, "rows": int, "bytes": int, "sha256": str}
+_FILE_TYPES = {"file": str, "bytes": int, "sha256": str}
+_SEGMENT_TYPES = {**_FILE_TYPES, "layout": str, "rows": int, "deleted": _OPTIONAL_DICT}
+_DELETED_TYPES = {**_FILE_TYPES, "count": int}
 
 
 def read_manifest(path: Path) -> dict:
@@ -87,20 +101,47 @@ def read_manifest(path: Path) -> dict:
     if manifest.get("version") != VERSION:
         raise InputError(f"{file}: format version {manifest.get('version')!r}; this leafkern reads version {VERSION}")
     _check_types(file, manifest, _TYPES)
-    for entry in manifest["segments"]:
-        _check_types(file, entry if isinstance(entry, dict) else {}, _SEGMENT_TYPES)
-        if entry["layout"] != "rows":
-            raise InputError(f"{file}: unknown layout {entry['layout']!r}; this leafkern reads 'rows'")
-    if manifest["precision"] not in PRECISIONS or manifest["rescore"] not in (None, *RESCORE_PRECISIONS):
-        raise DamagedFileError(f"{file}: unknown precision {manifest['precision']!r}, rescore {manifest['rescore']!r}")
+    precision, rescore = manifest["precision"], manifest["rescore"]
+    if precision not in PRECISIONS or rescore not in (None, *RESCORE_PRECISIONS):
+        raise DamagedFileError(f"{file}: unknown precision {precision!r}, rescore {rescore!r}")
     if manifest["ids"] not in (None, "int64", "string") or manifest["width"] < 1:
         raise DamagedFileError(f"{file}: ids {manifest['ids']!r}, width {manifest['width']} are not valid")
-    if manifest["count"] != sum(entry["rows"] for entry in manifest["segments"]):
+    if not 0 <= manifest["next_id"] < 1 << 63:
+        raise DamagedFileError(f"{file}: next_id {manifest['next_id']} is not valid")
+    if (manifest["ids"] is None) != (not manifest["segments"]):
+        raise DamagedFileError(f"{file}: ids are {manifest['ids']!r}, segments {len(manifest['segments'])}")
+    if manifest["rotation"] is not None:
+        _check_file(file, manifest["rotation"], "rotation", _FILE_TYPES)
+    for entry in manifest["segments"]:
+        _check_file(file, entry, "segment", _SEGMENT_TYPES)
+        if entry["layout"] != "rows":
+            raise InputError(f"{file}: unknown layout {entry['layout']!r}; this leafkern reads 'rows'")
+        deleted = entry["deleted"]
+        if deleted is not None:
+            _check_file(file, deleted, "deleted", _DELETED_TYPES)
+        if entry["rows"] < 1 or (deleted is not None and not 1 <= deleted["count"] <= entry["rows"]):
+            raise DamagedFileError(f"{file}: {entry['file']} has {entry['rows']} rows, deleted {deleted}")
+    if manifest["count"] != sum(map(live, manifest["segments"])):
         raise DamagedFileError(f"{file}: counts {manifest['count']} rows, its segments another number")
+    names = [entry["file"] for entry in manifest["segments"]]
+    if len(set(names)) != len(names):
+        raise DamagedFileError(f"{file}: names a segment twice")
     return manifest
+
+
+def live(entry: dict) -> int:
+    """Rows of a segment that are not deleted."""
+    return entry["rows"] - (entry["deleted"]["count"] if entry["deleted"] is not None else 0)
+
+
+def _check_file(manifest: Path, entry: object, kind: str, types: dict) -> None:
+    _check_types(manifest, entry if isinstance(entry, dict) else {}, types)
+    if not is_data(entry["file"]) or not entry["file"].startswith(kind):
+        raise DamagedFileError(f"{manifest}: names {entry['file']!r}, which is no {kind} file of an index")
 
 
 def _check_types(file: Path, value: dict, types: dict) -> None:
     for name, expected in types.items():
-        if name not in value or not isinstance(value[name], expected):
+        found = value.get(name, ...)
+        if not isinstance(found, expected) or (isinstance(found, bool) and expected is int):
             raise DamagedFileError(f"{file}: entry {name!r} is missing or of the wrong type")

@@ -14,6 +14,7 @@ import pyarrow as pa
 import safetensors
 import torch
 
+from leafkern import files
 from leafkern.errors import DamagedFileError
 from leafkern.files import atomic_file
 from leafkern.textio import safetensors_header
@@ -48,6 +49,7 @@ def write(path: Path, columns: Mapping[str, Column], metadata: dict[str, str]) -
 
         def put(data) -> None:
             nonlocal written
+            files.on_step("write", temporary)
             digest.update(data)
             stream.write(data)
             written += len(data)
@@ -85,6 +87,7 @@ def open_mapped(
 
     Raises DamagedFileError, naming the file, when it is missing, truncated, not a segment, or not this index's.
     """
+    missing = f"{path}: the manifest names this file, but it is missing"
     try:
         found = path.stat().st_size
         if found != size:
@@ -93,9 +96,13 @@ def open_mapped(
             stored = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("_pad")}
     except FileNotFoundError:
-        raise DamagedFileError(f"{path}: the manifest names this segment, but it is missing") from None
+        raise DamagedFileError(missing) from None
     except safetensors.SafetensorError as error:
         raise DamagedFileError(f"{path}: not a segment of an index ({error})") from None
+    except RuntimeError:  # torch opens the file a second time; a writer may have removed it just now
+        if path.exists():
+            raise
+        raise DamagedFileError(missing) from None
     for key, value in {"format": FORMAT, **metadata}.items():
         if stored.get(key) != value:
             raise DamagedFileError(f"{path}: not a segment of this index ({key}: {stored.get(key)!r}, not {value!r})")
@@ -136,14 +143,21 @@ def strings_at(tensors: Mapping[str, torch.Tensor], name: str, rows: np.ndarray,
     return out
 
 
-def all_strings(tensors: Mapping[str, torch.Tensor], name: str, path: Path) -> pa.LargeStringArray:
-    """All strings of a segment, checked in full."""
+def strings_of(tensors: Mapping[str, torch.Tensor], name: str, rows: slice, path: Path) -> pa.LargeStringArray:
+    """The strings of consecutive rows, checked: views of the file."""
     ends, content = tensors[f"{name}_ends"].numpy(), tensors[f"{name}_bytes"].numpy()
-    if ends[0] != 0 or ends[-1] != len(content) or (np.diff(ends) < 0).any():
-        raise DamagedFileError(f"{path}: the offsets of {name} are damaged")
+    ends = ends[rows.start : rows.stop + 1]
     strings = pa.LargeStringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), pa.py_buffer(content))
     try:
         strings.validate(full=True)
     except pa.ArrowInvalid as error:
         raise DamagedFileError(f"{path}: {name} is damaged ({error})") from None
     return strings
+
+
+def all_strings(tensors: Mapping[str, torch.Tensor], name: str, path: Path) -> pa.LargeStringArray:
+    """All strings of a segment, checked in full."""
+    ends = tensors[f"{name}_ends"]
+    if ends[0] != 0 or ends[-1] != tensors[f"{name}_bytes"].numel():
+        raise DamagedFileError(f"{path}: the offsets of {name} are damaged")
+    return strings_of(tensors, name, slice(0, len(ends) - 1), path)

@@ -1,8 +1,9 @@
-"""Vectors and ids as callers give them to an index, checked and brought to one form."""
+"""Vectors, ids and texts as callers give them to an index, checked and brought to one form."""
 
+import json
 import numbers
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from leafkern.errors import InputError
 from leafkern.files import TEMPORARY
 from leafkern.ops import quantize
 from leafkern.ops.quantization import CALIBRATION_ROWS, check_fits, default_ranges
-from leafkern.textio import check_finite
+from leafkern.textio import check_finite, is_unicode
 
 _BLOCK_VALUES = 1 << 22
 
@@ -36,14 +37,30 @@ def float32(x: np.ndarray) -> np.ndarray:
         return np.array(x, dtype=np.float32)
 
 
+def rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """x float32 (N, D) times a rotation (D, D).
+
+    Summed in float64, so that it does not matter which rows come together.
+    """
+    return (x.double() @ rotation.double()).float()
+
+
+def random_rotation(width: int, seed: int) -> torch.Tensor:
+    """An orthogonal matrix (D, D), float32, uniform over all: the QR of a Gaussian one, R's diagonal made positive."""
+    q, r = np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))
+    return torch.from_numpy((q * np.where(np.diag(r) < 0, -1, 1)).astype(np.float32))
+
+
 class Rows:
     """`count` vectors of `width`, from a matrix or from an iterable of matrices (kept in a file meanwhile).
 
-    A context manager; `blocks` may be called repeatedly. `given`: (2, D) that `ranges` returns, or None.
+    A context manager; `blocks` may be called repeatedly. `given`: (2, D) that `ranges` returns, or None. `rotation`,
+    where it is set, is applied to what `blocks` gives.
     """
 
     def __init__(self, vectors: object, folder: Path, width: int | None, given: object = None):
         self._file = None
+        self.rotation: torch.Tensor | None = None
         self._given = None if given is None else torch.as_tensor(given).detach().cpu().float()
         if isinstance(vectors, np.ndarray | torch.Tensor):
             self._values = matrix("vectors", vectors)
@@ -88,7 +105,8 @@ class Rows:
         """Consecutive rows, float32."""
         step = max(1, _BLOCK_VALUES // self.width)
         for start in range(0, self.count, step):
-            yield torch.from_numpy(float32(self._values[start : start + step]))
+            block = torch.from_numpy(float32(self._values[start : start + step]))
+            yield block if self.rotation is None else rotated(block, self.rotation)
 
     def check_finite(self) -> None:
         """Refuses NaN and infinity, also where float32 makes it of a larger type's number."""
@@ -102,7 +120,7 @@ class Rows:
         if self._given is not None:
             return self._given
         if self.count < CALIBRATION_ROWS:
-            return default_ranges(torch.from_numpy(float32(self._values)), precision, "vectors")
+            return default_ranges(torch.cat([torch.zeros((0, self.width)), *self.blocks()]), precision, "vectors")
         low = torch.full((self.width,), float("inf"))
         high = -low
         for block in self.blocks():
@@ -142,3 +160,28 @@ def id_array(ids: object) -> pa.Array:
         return pa.array(values, pa.large_string() if kind is str else pa.int64())
     except (OverflowError, pa.ArrowInvalid, UnicodeEncodeError) as error:
         raise InputError(f"ids: {error}") from None
+
+
+def check_texts(texts: Sequence[str] | None, count: int, kept: bool) -> None:
+    """Refuses texts for `count` vectors that an index, which keeps texts or doesn't, can't take."""
+    if kept and count and texts is None:
+        raise InputError("texts: the index keeps texts; give one per vector")
+    if texts is not None and not kept:
+        raise InputError("texts: the index was built without texts; build it anew to keep them")
+    if texts is not None and len(texts) != count:
+        raise InputError(f"texts: {len(texts)} for {count} vectors; expected one each")
+    for row, text in enumerate(() if texts is None else texts):
+        if not isinstance(text, str):
+            raise InputError(f"texts: row {row} is {type(text).__name__}, not str")
+        if not is_unicode(text):
+            raise InputError(f"texts: row {row} holds a lone surrogate, which is no valid Unicode text")
+
+
+def checked_source(source: object) -> dict | None:
+    """`source`, None or a dict that JSON gives back as it was."""
+    try:
+        if source is None or (isinstance(source, dict) and json.loads(json.dumps(source)) == source):
+            return source
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"source: expected a dict that JSON holds as it is, got {source!r:.80}")

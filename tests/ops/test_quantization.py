@@ -117,6 +117,22 @@ def test_empty_and_round_trip(precision):
     assert torch.equal(dequantize(quantized.to("cpu")), back)
 
 
+@each_precision
+def test_prefix_is_a_view_of_the_first_dimensions(precision):
+    whole = quantize(vectors(9, 20), precision)
+    for dim in (8, 16, 20):
+        first = whole.prefix(dim)
+        assert (first.dim, len(first)) == (dim, 9)
+        assert first.codes.data_ptr() == whole.codes.data_ptr()
+        assert torch.equal(dequantize(first), dequantize(whole)[:, :dim])
+    for dim in (0, 21, True, 8.0):
+        with pytest.raises(InputError, match="dim: expected an int from 1 to 20"):
+            whole.prefix(dim)
+    if precision in ("int4", "binary", "ubinary"):
+        with pytest.raises(InputError, match=f"dim: {precision} codes end only at multiples of"):
+            whole.prefix(7)
+
+
 def test_quantized_does_not_alias_its_input():
     x = vectors(3, 4)
     quantized = quantize(x, "float32")

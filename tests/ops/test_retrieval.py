@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from retrieval_cases import FORMS, ISAS, C, random_codes, random_queries, restore_isa, unit  # noqa: F401
 
 from leafkern.errors import BackendError, InputError
 from leafkern.ops import Quantized, dequantize, quantize, search
@@ -19,40 +20,15 @@ from leafkern.ops._core.native import library
 from leafkern.ops.quantization import PRECISIONS
 from leafkern.ops.retrieval import fold, integer_search, native, reference
 
-C, MISSING = library()
-needs_native = pytest.mark.skipif(C is None, reason=MISSING)
-ISAS = C.instruction_sets() if C is not None else []
+needs_native = pytest.mark.skipif(C is None, reason=library()[1])
 WIDTHS = [1, 3, 7, 8, 9, 31, 32, 33, 63, 64, 65, 100, 127, 128, 250, 256, 384, 511, 512, 768]
-FORMS = [(8, 8), (4, 8), (1, 8), (1, 1)]
-
-
-@pytest.fixture(autouse=True)
-def _restore_isa():
-    before = C.isa() if C is not None else None
-    yield
-    if C is not None:
-        C.select_isa(before)
-
-
-def random_codes(n, dim, bits, *, signed=False, generator=None, narrow=False):
-    if bits == 8:
-        low, high = (-1, 2) if narrow else (-128, 128)
-        return torch.randint(low, high, (n, dim), dtype=torch.int8, generator=generator)
-    width = -(-dim * bits // 8)
-    codes = torch.randint(0, 2 if narrow else 256, (n, width), dtype=torch.uint8, generator=generator)
-    return codes.view(torch.int8) if signed and bits == 1 else codes
-
-
-def random_queries(q, dim, query_bits, *, limit=63, generator=None):
-    u = torch.randint(-limit, limit + 1, (q, dim), dtype=torch.int8, generator=generator)
-    return torch.where(u > 0, 1, -1).to(torch.int8) if query_bits == 1 else u
 
 
 def assert_exact(u, codes, k, bits, query_bits, threads=1):
     expected, expected_ids = reference.brute(u, reference.decode(codes, bits, u.shape[1]), k)
     for scores, ids in (
         reference.blocked(u, codes, k, bits),
-        *([native.search(u, codes, k, bits, query_bits, threads)] if C is not None and k <= C.MAX_K else []),
+        *([native.search(u, codes, k, bits, query_bits, threads=threads)] if C is not None and k <= C.MAX_K else []),
     ):
         assert scores.dtype == torch.int32
         assert torch.equal(scores.double(), expected)
@@ -190,16 +166,12 @@ def test_reads_nothing_beyond_the_last_row(bits, tmp_path):
     u = random_queries(5, dim, 8)
     for part in (mapped, mapped[-5:], mapped[-1:]):
         expected = reference.brute(u, reference.decode(part, bits, dim), 4)
-        scores, ids = native.search(u, part, 4, bits, 8, 2)
+        scores, ids = native.search(u, part, 4, bits, 8, threads=2)
         assert torch.equal(scores.double(), expected[0])
         assert torch.equal(ids, expected[1])
 
 
 # ---- The public function.
-
-
-def unit(n, dim, dtype=torch.float32):
-    return torch.nn.functional.normalize(torch.randn(n, dim), dim=1).to(dtype)
 
 
 def test_fold():
@@ -510,12 +482,12 @@ def test_another_default_device_changes_nothing():
 def test_several_python_threads_at_once():
     codes = random_codes(5000, 128, 8)
     queries = [random_queries(4, 128, 8) for _ in range(6)]
-    expected = [native.search(u, codes, 10, 8, 8, 1) for u in queries]
+    expected = [native.search(u, codes, 10, 8, 8, threads=1) for u in queries]
     wrong = []
 
     def work(i):
         for _ in range(20):
-            scores, ids = native.search(queries[i], codes, 10, 8, 8, 4)
+            scores, ids = native.search(queries[i], codes, 10, 8, 8, threads=4)
             if not (torch.equal(scores, expected[i][0]) and torch.equal(ids, expected[i][1])):
                 wrong.append(i)
 
@@ -536,15 +508,15 @@ from leafkern.ops.retrieval import native
 torch.manual_seed(0)
 codes = torch.randint(-128, 128, (20000, 128), dtype=torch.int8)
 u = torch.randint(-63, 64, (4, 128), dtype=torch.int8)
-expected = native.search(u, codes, 10, 8, 8, 4)
+expected = native.search(u, codes, 10, 8, 8, threads=4)
 for _ in range(3):
     child = os.fork()
     if child == 0:
         signal.alarm(20)
-        found = native.search(u, codes, 10, 8, 8, 4)
+        found = native.search(u, codes, 10, 8, 8, threads=4)
         os._exit(0 if all(torch.equal(a, b) for a, b in zip(found, expected)) else 3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert torch.equal(native.search(u, codes, 10, 8, 8, 4)[1], expected[1])
+    assert torch.equal(native.search(u, codes, 10, 8, 8, threads=4)[1], expected[1])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

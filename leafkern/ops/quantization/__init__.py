@@ -81,6 +81,21 @@ class Quantized:
         scale = self.scale[rows] if self.precision == "fp8" else self.scale
         return Quantized(self.codes[rows], scale, self.offset, self.precision, self.dim)
 
+    def prefix(self, dim: int) -> "Quantized":
+        """The first `dim` dimensions of each vector: views, nothing is copied (the factor of fp8 rows stays theirs).
+
+        Errors (InputError): dim outside 1..`self.dim`, or less than all and inside a byte of int4 or binary codes.
+        """
+        per = _CODES_PER_BYTE.get(self.precision, 1)
+        if not isinstance(dim, int) or isinstance(dim, bool) or not 1 <= dim <= self.dim:
+            raise InputError(f"dim: expected an int from 1 to {self.dim}, got {dim!r}")
+        if dim < self.dim and dim % per:
+            raise InputError(f"dim: {self.precision} codes end only at multiples of {per}, got {dim}")
+        factors = (self.scale, self.offset)
+        if self.precision in ("int8", "int4"):
+            factors = tuple(factor[:dim] for factor in factors)
+        return Quantized(self.codes[:, : code_width(self.precision, dim)], *factors, self.precision, dim)
+
     @property
     def device(self) -> torch.device:
         return self.codes.device

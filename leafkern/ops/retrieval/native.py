@@ -22,7 +22,13 @@ def unsuited(u: torch.Tensor, codes: torch.Tensor, k: int) -> str | None:
 
 
 def search(
-    u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, query_bits: int, threads: int | None = None
+    u: torch.Tensor,
+    codes: torch.Tensor,
+    k: int,
+    bits: int,
+    query_bits: int,
+    allowed: torch.Tensor | None = None,
+    threads: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.blocked`, for contiguous rows of codes on CPU and min(k, N) <= 2048; `threads`: torch's."""
     module, _ = library()
@@ -37,6 +43,8 @@ def search(
     stride = codes.stride(0) if n > 1 else codes.shape[1]
     sizes = (form, u.shape[1], flip, len(u), n, stride, k, threads or torch.get_num_threads())
     workspace = torch.empty(module.search_workspace(*sizes), dtype=torch.uint8, device="cpu")
-    pointers = (u.data_ptr(), codes.data_ptr(), scores.data_ptr(), ids.data_ptr(), workspace.data_ptr())
+    allowed = None if allowed is None else allowed.contiguous()
+    mask = 0 if allowed is None else allowed.data_ptr()
+    pointers = (u.data_ptr(), codes.data_ptr(), mask, scores.data_ptr(), ids.data_ptr(), workspace.data_ptr())
     module.search(*sizes, *pointers, workspace.numel())
     return scores, ids
