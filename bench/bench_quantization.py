@@ -60,7 +60,7 @@ def _peers(precision: str, x: torch.Tensor, ranges: torch.Tensor | None, given: 
     found = [Contestant("numpy", with_numpy, check)]
     if precision in ("int8", "binary"):
         try:
-            from sentence_transformers.quantization import quantize_embeddings
+            from sentence_transformers import quantize_embeddings
         except ImportError:
             return found
         options = {"ranges": known} if given and known is not None else {}

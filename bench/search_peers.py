@@ -1,8 +1,8 @@
 """What the search benchmark compares with on a CPU: FAISS, USearch, NumKong and torch, each held to its exact answer.
 
-A peer does the same job when it gives the k best by the same codes. FAISS's PQFastScan is put beside asymmetric bits as
-one that does: the same bytes a vector, the same number of 4-bit look-ups, float queries; its codes are trained, ours are
-not, so its scores are held to its own codes.
+A peer does the same job when it gives the k best by the same codes. FAISS's PQFastScan is put beside asymmetric bits
+as one that does: the same bytes a vector, the same number of 4-bit look-ups, float queries. Its codes are trained, ours
+are not, so its scores are held to its own codes.
 """
 
 from collections.abc import Callable, Sequence
@@ -218,7 +218,7 @@ def hamming(bases: list[Quantized], queries: list[torch.Tensor], q: int, k: int)
 
 @cache
 def _fast_scans(rows: int, dim: int, count: int) -> list:
-    """FAISS's PQ with `dim`/8 bytes a vector, trained on the first base, over `clustered(rows, dim, 0 .. count - 1)`."""
+    """FAISS's PQ with 48 bytes a vector, trained on the first base, over `clustered(rows, dim, 0 .. count - 1)`."""
     faiss = _faiss()
     if faiss is None:
         return []
@@ -251,7 +251,7 @@ def fast_scan(rows: int, queries: list[torch.Tensor], q: int, k: int) -> list[Co
 def refined(
     vectors: torch.Tensor, queries: list[torch.Tensor], at: list[int], k: int, oversample: int, scores_of
 ) -> list[Contestant]:
-    """FAISS's PQFastScan whose best `oversample`·k are scored again with float32; `scores_of(i)` of the queries `at`."""
+    """FAISS's PQFastScan, whose best `oversample`·k are scored again in float32; `scores_of(i)` of the queries `at`."""
     scans = _fast_scans(len(vectors), vectors.shape[1], 1)
     if not scans:
         return []
