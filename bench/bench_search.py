@@ -27,7 +27,7 @@ ROWS = {
 BATCHES = {"tiny": (1, 5), "small": (1, 32, 1000), "full": (1, 32, 1000)}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PRECISIONS = {
-    "cpu": ("float32", "float16", "int8", "binary", "asymmetric", "rescored"),
+    "cpu": ("float32", "float16", "int8", "int4", "binary", "asymmetric", "rescored"),
     "cuda": ("float16", "fp8", "int8", "binary", "asymmetric", "rescored"),
 }
 LARGE_K_PRECISIONS = ("int8", "binary", "asymmetric")
@@ -120,7 +120,9 @@ def _ours(queries, bases, k: int, device: str, name: str = "leafkern", **options
         if not torch.allclose(scores[at], right_scores, rtol=tolerance, atol=tolerance / 10):
             return "scores differ from the reference"
         # Float sums depend on the order of addition, so near ties may swap; integer scores leave no such room.
-        exact = isinstance(base, Quantized) and base.precision in ("int8", "ubinary") and "rescore" not in options
+        exact = (
+            isinstance(base, Quantized) and base.precision in ("int8", "int4", "ubinary") and "rescore" not in options
+        )
         return "ids differ from the reference" if exact and not torch.equal(ids[at], right_ids) else None
 
     return Contestant(name, run, check, ours=name == "leafkern")
@@ -163,6 +165,8 @@ def _cpu_peers(precision: str, rows: int, bases, queries, q: int, k: int) -> lis
     if precision in ("float32", "float16"):
         base = bases[0].codes if isinstance(bases[0], Quantized) else bases[0]
         return peers_of.floats(base, queries, q, k)
+    if precision == "int4":
+        return []  # none of them searches four bits as they are
     if precision == "int8":
         floats = peers_of.floats(_vectors(rows), queries, q, k)
         return [
@@ -191,6 +195,7 @@ def _work(precision: str, rows: int, q: int, device: str) -> Work:
         "float32": (2 * pairs, "FLOP", fma, 4 * DIM),
         "float16": (2 * pairs, "FLOP", fma, 2 * DIM),
         "int8": (2 * pairs, "OP", ("int8_maddubs",), DIM),
+        "int4": (2 * pairs, "OP", ("int8_maddubs",), DIM / 2),
         "binary": (pairs, "bit", ("popcount_scalar", "popcount_avx2", "lookups_bits"), DIM / 8),
     }.get(precision, (pairs / 4, "lookup", ("lookups",), DIM / 8))
     return Work(operations, unit, rates, rows * per_row, "read", q, "query")

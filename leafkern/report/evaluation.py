@@ -7,7 +7,7 @@ from leafkern.evaluate import OVERSAMPLE
 from leafkern.report import Html, Point, Section, Series, cards, render, scatter, table
 from leafkern.report.plot import frontier
 
-PRECISION_NAMES = {"binary+int8": "binary, rescored int8", "binary@8": "binary, asymmetric"}
+PRECISION_NAMES = {"binary@8": "binary, asymmetric", "binary@1": "binary"}
 
 _RETRIEVAL_COLUMNS = {
     "system": ("system", "", None),
@@ -32,7 +32,10 @@ _SIMILARITY_COLUMNS = {
 
 
 def precision_name(precision: str | None) -> str | None:
-    return None if precision is None else PRECISION_NAMES.get(precision, precision.replace("+", ", rescored "))
+    if precision is None:
+        return None
+    codes, _, finer = precision.partition("+")
+    return PRECISION_NAMES.get(codes, codes) + (f", rescored {finer}" if finer else "")
 
 
 def quality_of(result: Mapping) -> str:
@@ -197,9 +200,9 @@ def sections(result: Mapping) -> list[Section]:
             "vectors, so it shows what the codes alone lose; “float32 top” compares with float32 at full width, so it "
             "shows what codes and width lose together, and “rescored” what is left of that after the best "
             f"{OVERSAMPLE}·k have been scored again by float16 vectors of full width. “A, rescored B” scans codes A "
-            "and scores the best candidates again with B; its bytes count both. “binary, asymmetric” compares bits with "
-            "7-bit queries; as a system, “asymmetric” means documents by the teacher, queries by the student. Shorter "
-            "widths are prefixes of the vectors, normalised again."
+            "and scores the best candidates again with B; its bytes count both. “binary, asymmetric” compares bits "
+            "with 7-bit queries; as a system, “asymmetric” means documents by the teacher, queries by the student. "
+            "Shorter widths are prefixes of the vectors, normalised again."
         )
     else:
         how = (
