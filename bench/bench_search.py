@@ -1,7 +1,7 @@
 """Exact top-k search beside FAISS, USearch, NumKong and torch: floats, int8, fp8, bits, asymmetric bits, rescoring.
 
 CPU: N = 1M clustered unit vectors of width 384. GPU: 10M, made there. k = 10 (and 100 beside it), Q = 1, 32, 1000.
-Bases smaller than the cache are rotated. Test ids end in device, precision and Q, for `-k "cpu-int8-Q1-"`.
+Bases smaller than the cache are rotated. A case's test is named so that `-k "cpu-int8-Q1-"` chooses it.
 """
 
 import gc
@@ -37,6 +37,7 @@ RECALL_QUERIES = 32
 # Relative to the largest score: where the sum's order is free, and where a GPU's first pass is in fewer bits.
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}
 GPU_BLOCK = 1 << 20
+PLACE = {"cpu": "cpu", "cuda": "cuda"}  # a test walks the GPU's cases on a CPU
 
 
 @contextmanager
@@ -87,7 +88,7 @@ def _made_there(rows: int, precision: str, device: str) -> Quantized:
 def _bases(precision: str, rows: int, device: str) -> list[Quantized | torch.Tensor]:
     if device == "cuda":
         kind = {"binary": "ubinary", "asymmetric": "ubinary", "rescored": "ubinary"}.get(precision, precision)
-        return [_made_there(rows, kind, device)]
+        return [_made_there(rows, kind, PLACE[device])]
     if precision in ("binary", "asymmetric"):
         return _bits(rows)
     if precision == "rescored":
@@ -98,7 +99,7 @@ def _bases(precision: str, rows: int, device: str) -> list[Quantized | torch.Ten
 def _finer(rows: int, device: str) -> list[Quantized]:
     if device == "cpu":
         return list(_levels(rows)[1:])
-    return [_made_there(rows, precision, device) for precision in ("int8", "float16")]
+    return [_made_there(rows, precision, PLACE[device]) for precision in ("int8", "float16")]
 
 
 # Contestants
@@ -132,7 +133,7 @@ def _with_recall(ours: Contestant, scores_of, k: int, at: list[int]) -> Contesta
     values: dict[str, float] = {}
 
     def check(output, i):
-        values["recall"] = found_share(output[1][at].cpu(), scores_of(i).cpu(), k)
+        values["recall"] = found_share(output[1][at].cpu(), scores_of(i), k)
         return ours.check(output, i)
 
     return Contestant(ours.name, ours.run, check, ours=ours.ours, values=values)
@@ -156,7 +157,7 @@ def _matmul(base: torch.Tensor, queries: list[torch.Tensor], q: int, k: int, blo
 
     def check(ids, i):
         # Its scores are rounded to float16, by up to 2^-11 each.
-        return wrong_top_k(ids[sample(q)].cpu(), exact_scores(halves[i][sample(q)], base).cpu(), k, 2e-3)
+        return wrong_top_k(ids[sample(q)].cpu(), exact_scores(halves[i][sample(q)], base), k, 2e-3)
 
     return Contestant("torch matmul + topk (float16)", run, check)
 
@@ -204,7 +205,7 @@ def _work(precision: str, rows: int, q: int, device: str) -> Work:
 def _queries(precision: str, rows: int, q: int, device: str) -> list[torch.Tensor]:
     # A base of bits would stay in the cache; the others are too large for it, and many queries rotate by themselves.
     sets = BINARY_BASES if q < 1000 or (device == "cpu" and precision in QUERY_BITS) else 2
-    return [queries_for(q, DIM, rows, seed).to(device) for seed in range(sets)]
+    return [queries_for(q, DIM, rows, seed).to(PLACE[device]) for seed in range(sets)]
 
 
 def _case(precision: str, rows: int, q: int, device: str, peers: bool) -> Case:
@@ -224,7 +225,7 @@ def _case(precision: str, rows: int, q: int, device: str, peers: bool) -> Case:
     elif peers and device == "cpu":
         contestants += _cpu_peers(precision, rows, bases, queries, q, K)
     elif peers:
-        matmul = _matmul(_made_there(rows, "float16", device).codes, queries, q, K)
+        matmul = _matmul(_made_there(rows, "float16", PLACE[device]).codes, queries, q, K)
         contestants += [matmul] if precision == "float16" else beside([matmul], "float16: more bytes, finer scores")
     shape = {"N": rows, "D": DIM, "Q": q, "k": K}
     work = _work(precision, rows, q, device)
@@ -244,22 +245,19 @@ def _large_k_case(precision: str, rows: int, q: int, device: str) -> Case:
 
 def pytest_generate_tests(metafunc):
     size = metafunc.config.getoption("--size")
-    large = metafunc.function is test_search_k100
     cells = [
-        pytest.param(device, precision, q, id=f"{device}-{precision}-Q{q}-")
+        pytest.param(device, precision, q, k, id=f"{device}-{precision}-Q{q}-k{k}")
         for device in DEVICES
+        for k in (K, LARGE_K)
         for precision in PRECISIONS[device]
-        if not large or precision in LARGE_K_PRECISIONS
+        if k == K or precision in LARGE_K_PRECISIONS
         for q in BATCHES[size]
     ]
-    metafunc.parametrize(("device", "precision", "q"), cells)
+    metafunc.parametrize(("device", "precision", "q", "k"), cells)
 
 
-def test_search(bench, bench_session, device, precision, q):
-    bench(_case(precision, ROWS[device][bench_session.size], q, device, bench_session.peers))
-    gc.collect()
-
-
-def test_search_k100(bench, bench_session, device, precision, q):
-    bench(_large_k_case(precision, ROWS[device][bench_session.size], q, device))
+def test_search(bench, bench_session, device, precision, q, k):
+    rows = ROWS[device][bench_session.size]
+    peers = bench_session.peers
+    bench(_case(precision, rows, q, device, peers) if k == K else _large_k_case(precision, rows, q, device))
     gc.collect()

@@ -8,7 +8,7 @@ import pytest
 
 from leafkern.files import write_json
 
-from . import harness, machine
+from . import harness, machine, targets
 from .ceilings import measure
 
 # name: seconds for the timed rounds of one case
@@ -126,5 +126,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line("")
         for row in [header, *body]:
             terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    if session.size == "full":
+        for line in targets.reached(targets.measurements(written[0].parent.parent)):
+            terminalreporter.write_line(line)
     for path in written:
         terminalreporter.write_line(f"written: {path}")

@@ -172,8 +172,8 @@ def cost_of_rescoring(speeds: dict[str, figures.Measured]) -> str:
     pairs = [(q, speeds.get(f"rescored/Q{q}"), speeds.get(f"asymmetric/Q{q}")) for q in (1, 1000)]
     said = [f"{both.seconds / bits.seconds:.2f} × for Q = {q}" for q, both, bits in pairs if both and bits]
     return (
-        f"Of 1 million vectors, bits rescored by int8 and then float16, in one call, took {' and '.join(said)} the time "
-        "of bits alone. "
+        f"Of 1 million vectors, bits rescored by int8 and then float16, in one call, took {' and '.join(said)} the "
+        "time of bits alone. "
         if said
         else ""
     )
