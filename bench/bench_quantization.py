@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from leafkern.ops import calibrate, quantize
-from leafkern.ops.quantization import code_width, reference
+from leafkern.ops.quantization import code_width
 
 from .harness import Case, Contestant, Work
-from .search_data import clustered, clustered_blocks
+from .search_data import clustered, clustered_blocks, reference_only
 
 DIM = 384
 ROWS = {"tiny": 2_000, "small": 50_000, "full": 1_000_000}
@@ -72,19 +72,17 @@ def _peers(precision: str, x: torch.Tensor, ranges: torch.Tensor | None, given: 
 def _case(precision: str, rows: int, given: bool, device: str, peers: bool) -> Case:
     x = _vectors(rows, device)
     ranges = calibrate(x, precision) if precision in RANGED else None
-    right = reference.quantize(x, precision, ranges)[0]
-    ours = Contestant(
-        "leafkern",
-        lambda i: quantize(x, precision, ranges=ranges if given else None),
-        lambda output, i: _same(output.codes, right),
-        ours=True,
-    )
-    definition = Contestant(
-        "torch (the reference)",
-        lambda i: reference.quantize(x, precision, ranges if given or ranges is None else calibrate(x, precision))[0],
-        lambda codes, i: _same(codes, right),
-        note="values not checked for NaN",
-    )
+
+    def run(i):
+        return quantize(x, precision, ranges=ranges if given else None).codes
+
+    def by_reference(i):
+        with reference_only("quantization"):
+            return run(i)
+
+    right = by_reference(0)
+    ours = Contestant("leafkern", run, lambda codes, i: _same(codes, right), ours=True)
+    definition = Contestant("torch (the reference)", by_reference, lambda codes, i: _same(codes, right))
     contestants = [ours, definition, *(_peers(precision, x, ranges, given, right) if peers and device == "cpu" else [])]
     written = rows * code_width(precision, DIM) * ELEMENT_BYTES[precision]
     # One subtraction, one division and one rounding each: far below what the bandwidth asks for.

@@ -5,8 +5,6 @@ Bases smaller than the cache are rotated. A case's test is named so that `-k "cp
 """
 
 import gc
-import os
-from contextlib import contextmanager
 from functools import cache
 
 import pytest
@@ -16,7 +14,15 @@ from leafkern.ops import Quantized, calibrate, quantize, search
 
 from . import search_peers as peers_of
 from .harness import Case, Contestant, Work
-from .search_data import clustered, clustered_blocks, exact_scores, found_share, queries_for, wrong_top_k
+from .search_data import (
+    clustered,
+    clustered_blocks,
+    exact_scores,
+    found_share,
+    queries_for,
+    reference_only,
+    wrong_top_k,
+)
 from .search_peers import beside, sample
 
 DIM, K, LARGE_K, OVERSAMPLE = 384, 10, 100, 4
@@ -38,19 +44,6 @@ RECALL_QUERIES = 32
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}
 GPU_BLOCK = 1 << 20
 PLACE = {"cpu": "cpu", "cuda": "cuda"}  # a test walks the GPU's cases on a CPU
-
-
-@contextmanager
-def _reference():
-    before = os.environ.get("LEAFKERN_BACKEND")
-    os.environ["LEAFKERN_BACKEND"] = "retrieval=reference"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LEAFKERN_BACKEND"]
-        else:
-            os.environ["LEAFKERN_BACKEND"] = before
 
 
 # Bases
@@ -116,7 +109,7 @@ def _ours(queries, bases, k: int, device: str, name: str = "leafkern", **options
         scores, ids = output
         at = sample(len(queries[0]))
         base = bases[i % len(bases)]
-        with _reference():
+        with reference_only("retrieval"):
             right_scores, right_ids = search(queries[i % len(queries)][at], base, k, **options)
         if not torch.allclose(scores[at], right_scores, rtol=tolerance, atol=tolerance / 10):
             return "scores differ from the reference"

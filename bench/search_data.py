@@ -1,6 +1,8 @@
-"""Input of the search benchmark: clustered unit vectors with many near ties, and the check of a top k."""
+"""Input of the search and quantisation benchmarks: clustered unit vectors with many near ties; the check of a top k."""
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -76,3 +78,17 @@ def found_share(ids, scores: torch.Tensor, k: int) -> float:
     """The share of the exact top k of scores (S, N) that ids (S, k) holds: recall."""
     expected = scores.topk(min(k, scores.shape[1]), dim=1).indices.tolist()
     return sum(len(set(a) & set(b)) for a, b in zip(np.asarray(ids).tolist(), expected)) / sum(map(len, expected))
+
+
+@contextmanager
+def reference_only(operation: str) -> Iterator[None]:
+    """leafkern's operation by its PyTorch reference."""
+    before = os.environ.get("LEAFKERN_BACKEND")
+    os.environ["LEAFKERN_BACKEND"] = f"{operation}=reference"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LEAFKERN_BACKEND"]
+        else:
+            os.environ["LEAFKERN_BACKEND"] = before
