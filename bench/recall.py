@@ -62,7 +62,7 @@ def measured(task: Retrieval, documents: np.ndarray, queries: np.ndarray) -> dic
         {"precision": precision, "oversample": count, "found_10": found["found_10_rescored"]}
         for precision in OVERSAMPLED
         for count in OVERSAMPLES
-        for found in [float32_found(left, right, precision, width, exact, oversample=count)]
+        for found in [float32_found(left, right, precision, width, exact, depths=(10,), oversample=count)]
     ]
     turned = [(left @ matrix, right @ matrix) for matrix in (rotation(width, seed) for seed in range(ROTATIONS))]
     rotated = [

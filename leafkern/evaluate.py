@@ -224,16 +224,17 @@ def float32_found(
     dim: int,
     exact: torch.Tensor,
     *,
+    depths: Sequence[int] = RECALL_DEPTHS,
     oversample: int = OVERSAMPLE,
 ) -> dict[str, float | None]:
     """What codes of the first `dim` numbers find of float32's answer at full width: recall against float32.
 
     documents, queries: unit rows, float32 (N, D) and (Q, D); their prefixes are normalised again. exact: rows of the
-    float32 top k per query, (Q, >= 100) or (Q, N) where there are fewer.
+    float32 top k per query, for the largest k of `depths` or more, (Q, N) where there are fewer.
 
-    "found_10", "found_100": the share of the exact top k among the k best of the codes. "found_10_rescored", ...: the
-    same after the best oversample*k are scored again by float16 vectors of full width; None for "A+B", which rescores
-    by itself.
+    For each k of `depths`, "found_k": the share of the exact top k among the k best of the codes; "found_k_rescored":
+    the same after the best oversample*k are scored again by float16 vectors of full width; None for "A+B", which
+    rescores by itself.
     """
     scan = split_precision(precision)
     narrow, asked = normalize_rows(documents[:, :dim]), normalize_rows(queries[:, :dim])
@@ -241,8 +242,8 @@ def float32_found(
     found: dict[str, float | None] = {}
     if scan.finer is None:
         # One order for every k: the k best are the first of more.
-        ranked = search(asked, base, oversample * max(RECALL_DEPTHS), query_bits=scan.query_bits)[1]
-    for depth in RECALL_DEPTHS:
+        ranked = search(asked, base, oversample * max(depths), query_bits=scan.query_bits)[1]
+    for depth in depths:
         k = min(depth, len(documents))
         again = None
         if scan.finer is None:
