@@ -32,6 +32,7 @@ from .recall_page import write_guide
 
 PRECISIONS = ("float32", "float16", "int8", "int4", "binary@8", "binary")
 OVERSAMPLED, OVERSAMPLES = ("int8", "int4", "binary@8", "binary"), (1, 2, 4, 10, 20)
+FOUND = [f"found_{depth}{rescored}" for depth in RECALL_DEPTHS for rescored in ("", "_rescored")]
 ROTATED, ROTATIONS = ("int8", "int4", "binary@8", "binary"), 3
 
 
@@ -47,16 +48,16 @@ def measured(task: Retrieval, documents: np.ndarray, queries: np.ndarray) -> dic
     left, right = (normalize_rows(torch.from_numpy(part)) for part in (documents, queries))
     width = left.shape[1]
     exact = search(right, left, max(RECALL_DEPTHS))[1]
-    quality: dict[tuple[int, str], dict] = {}
+    cells = [(dim, precision) for dim in (width, width // 2, width // 4) for precision in PRECISIONS]
     if task.qrels:
-        rows = evaluate_vectors({"model": (left, right)}, task, precisions=PRECISIONS)["rows"]
-        quality = {(row["dim"], row["precision"]): {"ndcg": row["ndcg"]} for row in rows}
+        dims = sorted({dim for dim, _ in cells})
+        rows = evaluate_vectors({"model": (left, right)}, task, dims=dims, precisions=PRECISIONS)["rows"]
+        found = {(row["dim"], row["precision"]): {name: row[name] for name in (*FOUND, "ndcg")} for row in rows}
+    else:
+        found = {cell: float32_found(left, right, cell[1], cell[0], exact) for cell in cells}
     grid = [
-        {"dim": dim, "precision": precision, "bytes": bytes_per_vector(precision, dim)}
-        | float32_found(left, right, precision, dim, exact)
-        | quality.get((dim, precision), {})
-        for dim in (width, width // 2, width // 4)
-        for precision in PRECISIONS
+        {"dim": dim, "precision": precision, "bytes": bytes_per_vector(precision, dim)} | found[dim, precision]
+        for dim, precision in cells
     ]
     oversampling = [
         {"precision": precision, "oversample": count, "found_10": found["found_10_rescored"]}

@@ -18,13 +18,13 @@ from leafkern.index.manifest import PRECISIONS, RESCORE_PRECISIONS, code_bytes
 from leafkern.index.vectors import matrix
 from leafkern.ops import dequantize, quantize, search
 from leafkern.ops._core.normalize import normalize_rows
-from leafkern.ops.retrieval.reference import rescore
 from leafkern.textio import field_of, iter_lines, iter_objects
 
 # "A+B": A is scanned, the best candidates are scored again with B. "binary@8": bits scanned by 7-bit queries.
 DEFAULT_PRECISIONS = ("float32", "int8", "int4", "binary", "binary@8", "binary+int8")
 OVERSAMPLE = 4
 RECALL_DEPTHS = (10, 100)
+_SCORES = 1 << 24  # of a block of queries at a time
 _TIMED_SECONDS = 0.2
 
 Qrels = Mapping[str, Mapping[str, int]]
@@ -238,22 +238,37 @@ def float32_found(
     """
     scan = split_precision(precision)
     narrow, asked = normalize_rows(documents[:, :dim]), normalize_rows(queries[:, :dim])
-    base, half = quantize(narrow, scan.codes), quantize(documents, "float16")
-    found: dict[str, float | None] = {}
+    base, options = quantize(narrow, scan.codes), {"query_bits": scan.query_bits}
     if scan.finer is None:
         # One order for every k: the k best are the first of more.
-        ranked = search(asked, base, oversample * max(depths), query_bits=scan.query_bits)[1]
+        ranked = search(asked, base, oversample * max(depths), **options)[1]
+        scores = _scores_of(queries, documents.half().float(), ranked)
+    else:
+        options |= {"rescore": quantize(narrow, scan.finer), "oversample": oversample}
+    found: dict[str, float | None] = {}
     for depth in depths:
-        k = min(depth, len(documents))
-        again = None
+        k, again = min(depth, len(documents)), None
         if scan.finer is None:
-            best = ranked[:, :k]
-            again = _share(rescore(queries, half, ranked[:, : oversample * k], k)[1], exact[:, :k])
+            best, count = ranked[:, :k], oversample * depth
+            again = _share(_best(scores[:, :count], ranked[:, :count], k), exact[:, :k])
         else:
-            finer = quantize(narrow, scan.finer)
-            best = search(asked, base, k, rescore=finer, oversample=oversample, query_bits=scan.query_bits)[1]
+            best = search(asked, base, k, **options)[1]
         found |= {f"found_{depth}": _share(best, exact[:, :k]), f"found_{depth}_rescored": again}
     return found
+
+
+def _scores_of(queries: torch.Tensor, documents: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Dot products of each query with its rows ids (Q, C), from whole matrix products of blocks of queries."""
+    step = max(1, _SCORES // max(1, len(documents)))
+    blocks = zip(queries.split(step), ids.split(step))
+    return torch.cat([(part @ documents.T).gather(1, rows) for part, rows in blocks])
+
+
+def _best(scores: torch.Tensor, ids: torch.Tensor, k: int) -> torch.Tensor:
+    """The k of ids (Q, C) with the largest scores; ties: lower id."""
+    ids, order = ids.sort(dim=1)
+    places = scores.gather(1, order).sort(dim=1, descending=True, stable=True).indices
+    return ids.gather(1, places[:, :k])
 
 
 def _share(found: torch.Tensor, exact: torch.Tensor) -> float:
