@@ -39,7 +39,7 @@ def guide(document: dict, speeds: dict[str, figures.Measured]) -> str:
         "# Which precision?",
         f"Written by `python -m bench.recall` from `recall.json` (commit {(document['commit'] or 'unknown')[:12]}, "
         f"{document['date'][:10]}) and the search benchmark; no figure here is typed. Recall@10 is the share of "
-        f"float32's top 10 at full width, {width} numbers, that is found: exact, the same on every machine. Vectors of "
+        f"float32's top 10 at full width, {width} numbers, that is found, whatever the machine's speed. Vectors of "
         f"all-MiniLM-L6-v2, documents and queries: {sizes}. “docstrings” and “documentation” are made of what Python "
         "and its packages say of themselves, so their texts change with the packages installed.",
         "## Choose",
@@ -206,12 +206,15 @@ def rotation_words(collections: dict) -> str:
             differences.append(mean - plain)
         said = f"{precision_name(precision)} ({min(differences):+.3f} to {max(differences):+.3f})"
         (gains if min(differences) > WORTH else losses).append(said)
-    first = (
-        f"A random rotation (`Index.build(rotate=...)`) added more than {WORTH:g} to the mean recall@10 on every "
-        f"collection for {'; '.join(gains)}, and did not for {'; '.join(losses)}."
-        if gains and losses
-        else f"A random rotation changed the mean recall@10 as follows: {'; '.join(gains + losses)}."
-    )
+    added = f"A random rotation (`Index.build(rotate=...)`) added more than {WORTH:g} to the mean recall@10"
+    if gains and losses:
+        first = f"{added} on every collection for {'; '.join(gains)}, and did not for {'; '.join(losses)}."
+    elif gains:
+        first = f"{added} on every collection for all codes: {'; '.join(gains)}."
+    else:
+        first = (
+            f"{added} on every collection for none of the codes: {'; '.join(losses)}. Such vectors gain nothing by it."
+        )
     return (
         first + " It costs one product of the query with a square matrix, and prefixes of rotated vectors mean "
         "nothing: it cannot be had together with shorter widths. Below: recall@10 of the codes alone, as they are and "
