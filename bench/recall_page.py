@@ -213,7 +213,7 @@ def rotation_words(collections: dict) -> str:
         first = f"{added} on every collection for all codes: {'; '.join(gains)}."
     else:
         first = (
-            f"{added} on every collection for none of the codes: {'; '.join(losses)}. Such vectors gain nothing by it."
+            f"{added} on every collection for none of the codes: {'; '.join(losses)}. These vectors gain little by it."
         )
     return (
         first + " It costs one product of the query with a square matrix, and prefixes of rotated vectors mean "
