@@ -1,266 +1,176 @@
-"""Exact top-k search beside FAISS, USearch, NumKong and torch: float32, int8, binary and asymmetric binary.
+"""Exact top-k search beside FAISS, USearch, NumKong and torch: floats, int8, fp8, bits, asymmetric bits, rescoring.
 
-N = 1M clustered unit vectors of width 384, k = 10, Q = 1, 32, 1000. Bases smaller than the cache are rotated.
+CPU: N = 1M clustered unit vectors of width 384. GPU: 10M, made there. k = 10 (and 100 beside it), Q = 1, 32, 1000.
+Bases smaller than the cache are rotated. A case's test is named so that `-k "cpu-int8-Q1-"` chooses it.
 """
 
 import gc
-import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 
-from leafkern.ops import Quantized, quantize, search
+from leafkern.ops import Quantized, calibrate, quantize, search
 
+from . import search_peers as peers_of
 from .harness import Case, Contestant, Work
-from .search_data import clustered, exact_scores, queries_for, wrong_top_k
+from .search_data import (
+    clustered,
+    clustered_blocks,
+    exact_scores,
+    found_share,
+    queries_for,
+    reference_only,
+    wrong_top_k,
+)
+from .search_peers import beside, sample
 
-DIM, K = 384, 10
-ROWS = {"tiny": 2_000, "small": 50_000, "full": 1_000_000}
+DIM, K, LARGE_K, OVERSAMPLE = 384, 10, 100, 4
+ROWS = {
+    "cpu": {"tiny": 2_000, "small": 50_000, "full": 1_000_000},
+    "cuda": {"tiny": 20_000, "small": 1_000_000, "full": 10_000_000},
+}
 BATCHES = {"tiny": (1, 5), "small": (1, 32, 1000), "full": (1, 32, 1000)}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-SAMPLE = 4  # queries per input set that are checked
+PRECISIONS = {
+    "cpu": ("float32", "float16", "int8", "int4", "binary", "asymmetric", "rescored"),
+    "cuda": ("float16", "fp8", "int8", "binary", "asymmetric", "rescored"),
+}
+LARGE_K_PRECISIONS = ("int8", "binary", "asymmetric")
+QUERY_BITS = {"binary": 1, "asymmetric": 8}
 BINARY_BASES = 4
+RECALL_QUERIES = 32
+# Relative to the largest score: where the sum's order is free, and where a GPU's first pass is in fewer bits.
+TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}
+GPU_BLOCK = 1 << 20
+PLACE = {"cpu": "cpu", "cuda": "cuda"}  # a test walks the GPU's cases on a CPU
 
 
-@contextmanager
-def _reference():
-    before = os.environ.get("LEAFKERN_BACKEND")
-    os.environ["LEAFKERN_BACKEND"] = "retrieval=reference"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LEAFKERN_BACKEND"]
-        else:
-            os.environ["LEAFKERN_BACKEND"] = before
+# Bases
 
 
 @cache
-def _vectors(rows: int, seed: int) -> torch.Tensor:
-    return clustered(rows, DIM, seed)
+def _vectors(rows: int) -> torch.Tensor:
+    return clustered(rows, DIM, 0)
 
 
 @cache
-def _bits(rows: int) -> list:
+def _bits(rows: int) -> list[Quantized]:
     return [quantize(clustered(rows, DIM, seed), "ubinary") for seed in range(BINARY_BASES)]
 
 
-def _sample(q: int) -> list[int]:
-    return sorted({round(i * (q - 1) / max(1, SAMPLE - 1)) for i in range(min(q, SAMPLE))})
+@cache
+def _levels(rows: int) -> tuple[Quantized, ...]:
+    """Bits, int8 and float16 of the same vectors."""
+    return tuple(quantize(_vectors(rows), precision) for precision in ("ubinary", "int8", "float16"))
 
 
-def _query_sets(q: int, rows: int, sets: int) -> list[torch.Tensor]:
-    return [queries_for(q, DIM, rows, seed) for seed in range(sets)]
+@cache
+def _made_there(rows: int, precision: str, device: str) -> Quantized:
+    """A base made on the device in blocks: float32 vectors of all rows never exist."""
+    parts, ranges = [], None
+    for block in clustered_blocks(rows, DIM, 0, device, GPU_BLOCK):
+        if precision == "int8" and ranges is None:
+            ranges = calibrate(block, precision)
+        parts.append(quantize(block, precision, ranges=ranges))
+    codes = torch.cat([part.codes for part in parts])
+    scale = torch.cat([part.scale for part in parts]) if precision == "fp8" else parts[0].scale
+    return Quantized(codes, scale, parts[0].offset, precision, DIM)
 
 
-def _ours(queries, bases, **options) -> Contestant:
-    """leafkern, held to its own reference on the sampled queries: same scores, same ids."""
+def _bases(precision: str, rows: int, device: str) -> list[Quantized | torch.Tensor]:
+    if device == "cuda":
+        kind = {"binary": "ubinary", "asymmetric": "ubinary", "rescored": "ubinary"}.get(precision, precision)
+        return [_made_there(rows, kind, PLACE[device])]
+    if precision in ("binary", "asymmetric"):
+        return _bits(rows)
+    if precision == "rescored":
+        return [_levels(rows)[0]]
+    return [_vectors(rows) if precision == "float32" else quantize(_vectors(rows), precision)]
+
+
+def _finer(rows: int, device: str) -> list[Quantized]:
+    if device == "cpu":
+        return list(_levels(rows)[1:])
+    return [_made_there(rows, precision, PLACE[device]) for precision in ("int8", "float16")]
+
+
+# Contestants
+
+
+def _ours(queries, bases, k: int, device: str, name: str = "leafkern", **options) -> Contestant:
+    """leafkern, held to its own reference on the sampled queries: same scores, and the same ids for integer codes."""
+    tolerance = TOLERANCE[device]
 
     def run(i):
-        return search(queries[i % len(queries)], bases[i % len(bases)], K, **options)
+        return search(queries[i % len(queries)], bases[i % len(bases)], k, **options)
 
     def check(output, i):
         scores, ids = output
-        at = _sample(len(queries[0]))
+        at = sample(len(queries[0]))
         base = bases[i % len(bases)]
-        with _reference():
-            right_scores, right_ids = search(queries[i % len(queries)][at].cpu(), base.to("cpu"), K, **options)
-        if not torch.allclose(scores[at].cpu(), right_scores, rtol=1e-5, atol=1e-6):
+        with reference_only("retrieval"):
+            right_scores, right_ids = search(queries[i % len(queries)][at], base, k, **options)
+        if not torch.allclose(scores[at], right_scores, rtol=tolerance, atol=tolerance / 10):
             return "scores differ from the reference"
         # Float sums depend on the order of addition, so near ties may swap; integer scores leave no such room.
-        swapped = isinstance(base, Quantized) and not torch.equal(ids[at].cpu(), right_ids)
-        return "ids differ from the reference" if swapped else None
-
-    return Contestant("leafkern", run, check, ours=True)
-
-
-def _peer(name, run, scores_of, q, *, tolerance=1e-6, same_job=True, note="") -> Contestant:
-    """A peer whose `run(i)` gives ids (Q, k); `scores_of(i, rows)` are the exact scores of the sampled queries."""
-    at = _sample(q)
-
-    def check(ids, i):
-        return wrong_top_k(np.asarray(ids)[at], scores_of(i, at), K, tolerance)
-
-    return Contestant(name, run, check, same_job=same_job, note=note)
-
-
-def _importable(name: str):
-    try:
-        return __import__(name)
-    except ImportError:
-        return None
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
-
-
-def _faiss():
-    faiss = _importable("faiss")
-    if faiss is not None:
-        faiss.omp_set_num_threads(_threads())
-    return faiss
-
-
-# float32
-
-
-def _float_peers(base: torch.Tensor, queries: list[torch.Tensor], q: int) -> list[Contestant]:
-    scores = cache(lambda i: exact_scores(queries[i][_sample(q)].cpu(), base.cpu(), lambda x: x))
-
-    def matmul(i):
-        # Blocks of queries: at Q = 1000 the score matrix would take 4 GB.
-        return torch.cat([(part @ base.T).topk(K, dim=1).indices for part in queries[i].split(128)]).cpu()
-
-    peers = [_peer("torch matmul + topk", matmul, lambda i, at: scores(i), q, tolerance=1e-4)]
-    faiss = _faiss()
-    if faiss is not None and base.device.type == "cpu":
-        index = faiss.IndexFlatIP(DIM)
-        index.add(base.numpy())
-        arrays = [x.numpy() for x in queries]
-        peers.append(
-            _peer("FAISS FlatIP", lambda i: index.search(arrays[i], K)[1], lambda i, at: scores(i), q, tolerance=1e-4)
+        exact = (
+            isinstance(base, Quantized) and base.precision in ("int8", "int4", "ubinary") and "rescore" not in options
         )
-    return peers
+        return "ids differ from the reference" if exact and not torch.equal(ids[at], right_ids) else None
+
+    return Contestant(name, run, check, ours=name == "leafkern")
 
 
-# int8
-
-
-def _folded(queries: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    w = queries * scale
-    return (w / (w.abs().amax(1, keepdim=True) / 63)).round().to(torch.int8)
-
-
-def _int8_peers(base, vectors, queries, q) -> list[Contestant]:
-    u = [_folded(x, base.scale) for x in queries]
-    codes = base.codes.numpy()
-    scores = cache(lambda i: exact_scores(u[i][_sample(q)], base.codes, lambda x: x))
-    integers = [x.numpy() for x in u]
-    peers = []
-    faiss, usearch, numkong = _faiss(), _importable("usearch.index"), _importable("numkong")
-    if faiss is not None:
-        index = faiss.IndexScalarQuantizer(DIM, faiss.ScalarQuantizer.QT_8bit_direct_signed, faiss.METRIC_INNER_PRODUCT)
-        for start in range(0, len(codes), 1 << 16):
-            index.add(codes[start : start + (1 << 16)].astype(np.float32))
-        floats = [x.astype(np.float32) for x in integers]
-        peers.append(
-            _peer("FAISS SQ8 direct signed", lambda i: index.search(floats[i], K)[1], lambda i, at: scores(i), q)
-        )
-    if usearch is not None and q < 1000:
-        peers.append(_usearch("USearch exact i8", codes, integers, "IP", {}, scores, q))
-    if numkong is not None:
-        packed = _numkong_parts(numkong.dots_pack, codes, "int8")
-        peers.append(
-            _scores_only("NumKong packed i8 dots", numkong.dots_packed, numkong, packed, integers, "int32", q, scores)
-        )
-    return peers + _float_beside(vectors, queries, q)
-
-
-def _float_beside(vectors, queries, q) -> list[Contestant]:
-    """float32 peers beside int8, for few queries; for many, the float32 case has them."""
-    return [
-        Contestant(c.name + " (float32)", c.run, c.check, same_job=False, note="4 times the bytes, exact scores")
-        for c in (_float_peers(vectors, queries, q) if q < 1000 else [])
-    ]
-
-
-def _usearch(name, base, queries, metric, options, scores, q) -> Contestant:
-    from usearch.index import MetricKind
-    from usearch.index import search as exact_search
-
-    kind = getattr(MetricKind, metric)
-
-    def run(i):
-        found = exact_search(base, queries[i], K, kind, exact=True, threads=_threads(), **options)
-        return np.asarray(found.keys).reshape(len(queries[i]), K)
-
-    return _peer(name, run, lambda i, at: scores(i), q)
-
-
-def _numkong_parts(pack, codes, dtype) -> list:
-    return [pack(np.ascontiguousarray(part), dtype=dtype) for part in np.array_split(codes, _threads())]
-
-
-def _scores_only(name, function, numkong, packed, queries, dtype, q, scores, sign=1) -> Contestant:
-    """NumKong computes scores and selects nothing: shown, but not the peer that ratios are against."""
-    block = min(q, 256)
-    sizes = [np.asarray(function(queries[0][:1], part)).shape[1] for part in packed]
-    outputs = [numkong.zeros((block, size), dtype=dtype) for size in sizes]
-    pool = ThreadPoolExecutor(len(packed))
-
-    def run(i):
-        for start in range(0, q, block):
-            part = queries[i][start : start + block]
-            whole = len(part) == block
-            jobs = [pool.submit(function, part, b, **({"out": o} if whole else {})) for b, o in zip(packed, outputs)]
-            results = [job.result() for job in jobs]
-        return start, results
+def _with_recall(ours: Contestant, scores_of, k: int, at: list[int]) -> Contestant:
+    values: dict[str, float] = {}
 
     def check(output, i):
-        start, results = output
-        at = [row for row in _sample(q) if row >= start]
-        got = np.concatenate([np.asarray(part)[[row - start for row in at]] for part in results], axis=1)
-        right = scores(i)[[_sample(q).index(row) for row in at]]
-        return None if np.array_equal(sign * got.astype(np.int64), right.numpy().astype(np.int64)) else "scores differ"
+        values["recall"] = found_share(output[1][at].cpu(), scores_of(i), k)
+        return ours.check(output, i)
 
-    return Contestant(name, run, check, same_job=False, note="scores only, no selection")
+    return Contestant(ours.name, ours.run, check, ours=ours.ours, values=values)
 
 
-# binary
+def _matmul(base: torch.Tensor, queries: list[torch.Tensor], q: int, k: int, block: int = GPU_BLOCK) -> Contestant:
+    """What a GPU's user would write: float16 products and torch.topk of a block of rows at a time."""
+    halves = [x.half() for x in queries]
+
+    def run(i):
+        best = None
+        for start in range(0, len(base), block):
+            scores, ids = (halves[i] @ base[start : start + block].T).topk(min(k, len(base) - start), dim=1)
+            ids += start
+            if best is not None:
+                scores, ids = torch.cat([best[0], scores], 1), torch.cat([best[1], ids], 1)
+                scores, at = scores.topk(k, dim=1)
+                ids = ids.gather(1, at)
+            best = scores, ids
+        return best[1]
+
+    def check(ids, i):
+        # Its scores are rounded to float16, by up to 2^-11 each.
+        return wrong_top_k(ids[sample(q)].cpu(), exact_scores(halves[i][sample(q)], base), k, 2e-3)
+
+    return Contestant("torch matmul + topk (float16)", run, check)
 
 
-def _signs(codes: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(np.unpackbits(codes.numpy(), axis=1)).float() * 2 - 1
-
-
-def _binary_peers(bases, queries, q) -> list[Contestant]:
-    packed_queries = [np.packbits(x.numpy() > 0, axis=1) for x in queries]
-
-    @cache
-    def scores(i):
-        signs = torch.where(queries[i][_sample(q)] > 0, 1.0, -1.0)
-        return exact_scores(signs, bases[i].codes, _signs)
-
-    peers = []
-    faiss, usearch, numkong = _faiss(), _importable("usearch.index"), _importable("numkong")
-    if faiss is not None:
-        indexes = []
-        for base in bases:
-            indexes.append(faiss.IndexBinaryFlat(DIM))
-            indexes[-1].add(base.codes.numpy())
-        peers.append(
-            _peer(
-                "FAISS IndexBinaryFlat",
-                lambda i: indexes[i].search(packed_queries[i], K)[1],
-                lambda i, at: scores(i),
-                q,
-            )
-        )
-    if usearch is not None and q < 1000:
-        exact = [_usearch("", b.codes.numpy(), packed_queries, "Hamming", {"dtype": "b1"}, scores, q) for b in bases]
-        peers.append(_peer("USearch exact b1", lambda i: exact[i].run(i), lambda i, at: scores(i), q))
-    if numkong is not None and q <= 32:
-        parts = [_numkong_parts(numkong.hammings_pack, base.codes.numpy(), "uint1") for base in bases]
-        distances = cache(lambda i: (DIM - scores(i)) / 2)
-        each = [
-            _scores_only("", numkong.hammings_packed, numkong, part, packed_queries, "uint32", q, distances)
-            for part in parts
+def _cpu_peers(precision: str, rows: int, bases, queries, q: int, k: int) -> list[Contestant]:
+    if precision in ("float32", "float16"):
+        base = bases[0].codes if isinstance(bases[0], Quantized) else bases[0]
+        return peers_of.floats(base, queries, q, k)
+    if precision == "int4":
+        return []  # none of them searches four bits as they are
+    if precision == "int8":
+        floats = peers_of.floats(_vectors(rows), queries, q, k)
+        return [
+            *peers_of.int8(bases[0], queries, q, k),
+            # 10 s a call at Q = 1000, and no limit of ours is set by it.
+            *beside([c for c in floats if q < 1000 or "FAISS" in c.name], "4 times the bytes", " (float32)"),
         ]
-        peers.append(
-            Contestant(
-                "NumKong packed hamming",
-                lambda i: each[i].run(i),
-                lambda output, i: each[i].check(output, i),
-                same_job=False,
-                note="scores only, no selection",
-            )
-        )
-    return peers
+    if precision == "binary":
+        return peers_of.hamming(bases, queries, q, k)
+    return [*peers_of.fast_scan(rows, queries, q, k), *beside(peers_of.hamming(bases, queries, q, k), "Hamming")]
 
 
 # Cases
@@ -269,54 +179,78 @@ def _binary_peers(bases, queries, q) -> list[Contestant]:
 def _work(precision: str, rows: int, q: int, device: str) -> Work:
     """The operations and bytes that no exact search of this kind can go below."""
     pairs = float(rows) * q * DIM
-    gemm = "fp32_gemm" if device == "cpu" else "bf16_gemm"
+    if device == "cuda":
+        # Bits, too, are products of the int8 matrix units there.
+        rates = {"float16": ("fp16_gemm",), "fp8": ("fp8_gemm",)}.get(precision, ("int8_gemm",))
+        per_row = {"float16": 2 * DIM, "fp8": DIM, "int8": DIM}.get(precision, DIM / 8)
+        return Work(2 * pairs, "OP", rates, rows * per_row, "copy", q, "query")
+    fma = ("fp32_fma", "fp32_gemm")
     operations, unit, rates, per_row = {
-        "float32": (2 * pairs, "FLOP", ("fp32_fma", gemm) if device == "cpu" else ("fp32_gemm",), 4 * DIM),
-        "int8": (2 * pairs, "OP", ("int8_maddubs", "int8_gemm"), DIM),
-        "binary": (pairs, "bit", ("popcount_scalar", "popcount_avx2"), DIM / 8),
-        "asymmetric": (pairs / 4, "lookup", ("lookups",), DIM / 8),
-    }[precision]
+        "float32": (2 * pairs, "FLOP", fma, 4 * DIM),
+        "float16": (2 * pairs, "FLOP", fma, 2 * DIM),
+        "int8": (2 * pairs, "OP", ("int8_maddubs",), DIM),
+        "int4": (2 * pairs, "OP", ("int8_maddubs",), DIM / 2),
+        "binary": (pairs, "bit", ("popcount_scalar", "popcount_avx2", "lookups_bits"), DIM / 8),
+    }.get(precision, (pairs / 4, "lookup", ("lookups",), DIM / 8))
     return Work(operations, unit, rates, rows * per_row, "read", q, "query")
 
 
-def _case(precision: str, rows: int, q: int, device: str, peers: bool) -> Case:
+def _queries(precision: str, rows: int, q: int, device: str) -> list[torch.Tensor]:
     # A base of bits would stay in the cache; the others are too large for it, and many queries rotate by themselves.
-    sets = BINARY_BASES if q < 1000 or precision in ("binary", "asymmetric") else 2
-    queries = [x.to(device) for x in _query_sets(q, rows, sets)]
-    contestants = []
-    if precision == "float32":
-        base = _vectors(rows, 0).to(device)
-        contestants = [_ours(queries, [base]), *(_float_peers(base, queries, q) if peers else [])]
-    elif precision == "int8":
-        vectors = _vectors(rows, 0)
-        base = quantize(vectors, "int8")
-        contestants = [_ours(queries, [base.to(device)])]
+    sets = BINARY_BASES if q < 1000 or (device == "cpu" and precision in QUERY_BITS) else 2
+    return [queries_for(q, DIM, rows, seed).to(PLACE[device]) for seed in range(sets)]
+
+
+def _case(precision: str, rows: int, q: int, device: str, peers: bool) -> Case:
+    queries = _queries(precision, rows, q, device)
+    bases = _bases(precision, rows, device)
+    options = {"query_bits": QUERY_BITS[precision]} if precision in QUERY_BITS else {}
+    if precision == "rescored":
+        options = {"rescore": _finer(rows, device), "oversample": OVERSAMPLE}
+    contestants = [_ours(queries, bases, K, device, **options)]
+    if precision == "rescored":
+        at = list(range(min(q, RECALL_QUERIES)))
+        vectors = _vectors(rows) if device == "cpu" else options["rescore"][-1].codes
+        scores_of = cache(lambda i: exact_scores(queries[i][at], vectors))
+        contestants = [_with_recall(contestants[0], scores_of, K, at)]
         if peers and device == "cpu":
-            contestants += _int8_peers(base, vectors, queries, q)
-        elif peers:
-            contestants += _float_beside(vectors.to(device), queries, q)
-    else:
-        bases = _bits(rows)
-        bits = 1 if precision == "binary" else 8
-        contestants = [_ours(queries, [base.to(device) for base in bases], query_bits=bits)]
-        if peers and device == "cpu":
-            # No peer searches signs by a float query; Hamming over the same bytes is shown beside it.
-            others = _binary_peers(bases, queries, q)
-            if bits == 8:
-                others = [Contestant(c.name, c.run, c.check, same_job=False, note="Hamming") for c in others]
-            contestants += others
+            contestants += peers_of.refined(vectors, queries, at, K, OVERSAMPLE, scores_of)
+    elif peers and device == "cpu":
+        contestants += _cpu_peers(precision, rows, bases, queries, q, K)
+    elif peers:
+        matmul = _matmul(_made_there(rows, "float16", PLACE[device]).codes, queries, q, K)
+        contestants += [matmul] if precision == "float16" else beside([matmul], "float16: more bytes, finer scores")
     shape = {"N": rows, "D": DIM, "Q": q, "k": K}
-    return Case("search", f"{precision}/Q{q}", shape, _work(precision, rows, q, device), contestants, sets, device)
+    work = _work(precision, rows, q, device)
+    return Case("search", f"{precision}/Q{q}", shape, work, contestants, len(queries), device)
+
+
+def _large_k_case(precision: str, rows: int, q: int, device: str) -> Case:
+    """k = 100, with k = 10 in the same rounds."""
+    queries, bases = _queries(precision, rows, q, device), _bases(precision, rows, device)
+    options = {"query_bits": QUERY_BITS[precision]} if precision in QUERY_BITS else {}
+    fewer = _ours(queries, bases, K, device, f"leafkern, k = {K}", **options)
+    contestants = [_ours(queries, bases, LARGE_K, device, **options), *beside([fewer], "fewer results")]
+    shape = {"N": rows, "D": DIM, "Q": q, "k": LARGE_K}
+    work = _work(precision, rows, q, device)
+    return Case("search", f"{precision}/Q{q}/k{LARGE_K}", shape, work, contestants, len(queries), device)
 
 
 def pytest_generate_tests(metafunc):
     size = metafunc.config.getoption("--size")
-    metafunc.parametrize("q", BATCHES[size], ids=[f"Q{q}" for q in BATCHES[size]])
+    cells = [
+        pytest.param(device, precision, q, k, id=f"{device}-{precision}-Q{q}-k{k}")
+        for device in DEVICES
+        for k in (K, LARGE_K)
+        for precision in PRECISIONS[device]
+        if k == K or precision in LARGE_K_PRECISIONS
+        for q in BATCHES[size]
+    ]
+    metafunc.parametrize(("device", "precision", "q", "k"), cells)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("precision", ["float32", "int8", "binary", "asymmetric"])
-def test_search(bench, bench_session, precision, q, device):
-    size = bench_session.size
-    bench(_case(precision, ROWS[size], q, device, bench_session.peers))
+def test_search(bench, bench_session, device, precision, q, k):
+    rows = ROWS[device][bench_session.size]
+    peers = bench_session.peers
+    bench(_case(precision, rows, q, device, peers) if k == K else _large_k_case(precision, rows, q, device))
     gc.collect()

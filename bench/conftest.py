@@ -8,7 +8,7 @@ import pytest
 
 from leafkern.files import write_json
 
-from . import harness, machine
+from . import harness, machine, targets
 from .ceilings import measure
 
 # name: seconds for the timed rounds of one case
@@ -20,6 +20,7 @@ def pytest_addoption(parser):
     group.addoption("--size", choices=sorted(BUDGETS), default="full", help="how big the benchmarks' inputs are")
     group.addoption("--peers", action="store_true", help="time other libraries in the same rounds")
     group.addoption("--results", type=Path, default=None, help="folder for the JSON (default: bench/results)")
+    group.addoption("--part", default=None, help="writes OP-PART.json: one benchmark measured in several runs")
     group.addoption("--written", type=Path, default=None, help="file that gets the paths of the JSON written")
     group.addoption("--model", default=None, help="sentence-transformers folder or hub id for the encoder benchmark")
 
@@ -32,6 +33,7 @@ class Session:
         self.size = config.getoption("--size")
         self.peers = config.getoption("--peers")
         self.model = config.getoption("--model")
+        self.part = config.getoption("--part")
         self.rows: dict[tuple[str, str], list[dict]] = {}
         self._ceilings: dict[str, dict] = {}
 
@@ -45,7 +47,8 @@ class Session:
     def options(self) -> list[str]:
         peers = ["--peers"] if self.peers else []
         model = ["--model", self.model] if self.model else []
-        return ["--size", self.size, *peers, *model]
+        part = ["--part", self.part] if self.part else []
+        return ["--size", self.size, *peers, *model, *part]
 
     def command(self, op: str, test: str = "") -> str:
         """What reproduces the rows of one test, or of the whole run, from the checkout."""
@@ -74,7 +77,7 @@ class Session:
         written = []
         for (op, name), rows in self.rows.items():
             device = rows[0]["device"]
-            path = Path(folder) / name / f"{op}.json"
+            path = Path(folder) / name / (f"{op}-{self.part}.json" if self.part else f"{op}.json")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(
                 path, harness.document(op, rows, self.ceilings(device), size=self.size, command=self.command(op))
@@ -123,5 +126,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line("")
         for row in [header, *body]:
             terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    if session.size == "full":
+        for line in targets.reached(targets.measurements(written[0].parent.parent)):
+            terminalreporter.write_line(line)
     for path in written:
         terminalreporter.write_line(f"written: {path}")

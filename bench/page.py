@@ -62,7 +62,9 @@ def _cells(row: dict) -> list[object]:
 def _plots(rows: list[dict]) -> list[Html]:
     """One plot of percent of the limit by queries per call for each precision that was run with several."""
     plots = []
-    for family in dict.fromkeys(row["case"].split("/")[0] for row in rows if "Q" in row["shape"]):
+    # "int8/Q1", not "int8/Q1/k100".
+    rows = [row for row in rows if "Q" in row["shape"] and row["case"].count("/") == 1]
+    for family in dict.fromkeys(row["case"].split("/")[0] for row in rows):
         timed = [row for row in rows if row["case"].startswith(f"{family}/") and row["percent_of_limit"] is not None]
         sizes = sorted({row["shape"]["Q"] for row in timed})
         if len(sizes) < 2:

@@ -20,9 +20,11 @@ from leafkern.ops import dequantize, quantize, search
 from leafkern.ops._core.normalize import normalize_rows
 from leafkern.textio import field_of, iter_lines, iter_objects
 
-# "A+B": A is scanned, the best candidates are scored again with B.
-DEFAULT_PRECISIONS = ("float32", "int8", "int4", "binary", "binary+int8")
-_OVERSAMPLE = 4
+# "A+B": A is scanned, the best candidates are scored again with B. "binary@8": bits scanned by 7-bit queries.
+DEFAULT_PRECISIONS = ("float32", "int8", "int4", "binary", "binary@8", "binary+int8")
+OVERSAMPLE = 4
+RECALL_DEPTHS = (10, 100)
+_SCORES = 1 << 24  # of a block of queries at a time
 _TIMED_SECONDS = 0.2
 
 Qrels = Mapping[str, Mapping[str, int]]
@@ -188,19 +190,90 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     return float((x * y).sum()) / norm if norm else math.nan
 
 
-def split_precision(name: str) -> tuple[str, str | None]:
-    """ "binary+int8" as ("binary", "int8"): codes scanned, codes that rescore; checked."""
+class Scan(NamedTuple):
+    """What a precision's name says: codes scanned, query_bits as in `search` (None: its choice), codes that rescore."""
+
+    codes: str
+    query_bits: int | None
+    finer: str | None
+
+
+def split_precision(name: str) -> Scan:
+    """ "binary@8+int8" as ("binary", 8, "int8"); checked."""
     coarse, _, fine = name.partition("+")
-    if coarse not in PRECISIONS:
+    codes, _, bits = coarse.partition("@")
+    if codes not in PRECISIONS:
         raise unknown_name("precisions", name, {*PRECISIONS, *DEFAULT_PRECISIONS})
-    if fine and (fine not in RESCORE_PRECISIONS or PRECISIONS.index(fine) >= PRECISIONS.index(coarse)):
+    if "@" in coarse and (bits not in ("1", "8") or codes not in ("binary", "ubinary")):
+        raise InputError(f"precisions: {name!r}: expected binary@1 or binary@8, bits scanned by queries of 1 or 7 bits")
+    if fine and (fine not in RESCORE_PRECISIONS or PRECISIONS.index(fine) >= PRECISIONS.index(codes)):
         raise InputError(f"precisions: {name!r}: {fine!r} is no finer precision than {coarse!r}")
-    return coarse, fine or None
+    return Scan(codes, int(bits) if bits else None, fine or None)
 
 
 def bytes_per_vector(precision: str, width: int) -> int:
     """Bytes of one vector's codes, those for rescoring included."""
-    return sum(code_bytes(part, width) for part in split_precision(precision) if part)
+    scan = split_precision(precision)
+    return sum(code_bytes(part, width) for part in (scan.codes, scan.finer) if part)
+
+
+def float32_found(
+    documents: torch.Tensor,
+    queries: torch.Tensor,
+    precision: str,
+    dim: int,
+    exact: torch.Tensor,
+    *,
+    depths: Sequence[int] = RECALL_DEPTHS,
+    oversample: int = OVERSAMPLE,
+) -> dict[str, float | None]:
+    """What codes of the first `dim` numbers find of float32's answer at full width: recall against float32.
+
+    documents, queries: unit rows, float32 (N, D) and (Q, D); their prefixes are normalised again. exact: rows of the
+    float32 top k per query, for the largest k of `depths` or more, (Q, N) where there are fewer.
+
+    For each k of `depths`, "found_k": the share of the exact top k among the k best of the codes; "found_k_rescored":
+    the same after the best oversample*k are scored again by float16 vectors of full width; None for "A+B", which
+    rescores by itself.
+    """
+    scan = split_precision(precision)
+    narrow, asked = normalize_rows(documents[:, :dim]), normalize_rows(queries[:, :dim])
+    base, options = quantize(narrow, scan.codes), {"query_bits": scan.query_bits}
+    if scan.finer is None:
+        # One order for every k: the k best are the first of more.
+        ranked = search(asked, base, oversample * max(depths), **options)[1]
+        scores = _scores_of(queries, documents.half().float(), ranked)
+    else:
+        options |= {"rescore": quantize(narrow, scan.finer), "oversample": oversample}
+    found: dict[str, float | None] = {}
+    for depth in depths:
+        k, again = min(depth, len(documents)), None
+        if scan.finer is None:
+            best, count = ranked[:, :k], oversample * depth
+            again = _share(_best(scores[:, :count], ranked[:, :count], k), exact[:, :k])
+        else:
+            best = search(asked, base, k, **options)[1]
+        found |= {f"found_{depth}": _share(best, exact[:, :k]), f"found_{depth}_rescored": again}
+    return found
+
+
+def _scores_of(queries: torch.Tensor, documents: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Dot products of each query with its rows ids (Q, C), from whole matrix products of blocks of queries."""
+    step = max(1, _SCORES // max(1, len(documents)))
+    blocks = zip(queries.split(step), ids.split(step))
+    return torch.cat([(part @ documents.T).gather(1, rows) for part, rows in blocks])
+
+
+def _best(scores: torch.Tensor, ids: torch.Tensor, k: int) -> torch.Tensor:
+    """The k of ids (Q, C) with the largest scores; ties: lower id."""
+    ids, order = ids.sort(dim=1)
+    places = scores.gather(1, order).sort(dim=1, descending=True, stable=True).indices
+    return ids.gather(1, places[:, :k])
+
+
+def _share(found: torch.Tensor, exact: torch.Tensor) -> float:
+    hits = sum(len(set(ours) & set(theirs)) for ours, theirs in zip(found.tolist(), exact.tolist()))
+    return hits / max(1, exact.numel())
 
 
 def evaluate_vectors(
@@ -220,24 +293,27 @@ def evaluate_vectors(
     and normalised. rankings: systems without vectors, such as BM25: document ids per query, best first.
 
     A dict for JSON: "task", "rows", "machine". A row of a retrieval task: system, dim, precision, bytes_per_vector,
-    ndcg, recall, neighbours (the share of the float32 top k of the same system and width that is found), queries_per_s
-    (search alone, all queries in one call, best of the calls in 0.2 s). Of a similarity task: spearman, the first
-    sentence in float32 against the second one's codes; "A+B" is left out, for there is nothing to rescore.
+    ndcg, recall, neighbours (the share of the float32 top k of the same system and width that is found), what
+    `float32_found` gives, queries_per_s (search alone, all queries in one call, best of the calls in 0.2 s). Of a
+    similarity task: spearman, the first sentence in float32 against the second one's codes; "A+B" and "A@8" are left
+    out, for nothing is scanned.
     """
     for name in precisions:
         split_precision(name)
     prepared = {name: _pair(name, pair, dims) for name, pair in systems.items()}
     retrieval = isinstance(task, Retrieval)
-    names = [name for name in precisions if retrieval or "+" not in name]
+    names = [name for name in precisions if retrieval or name in PRECISIONS]
     cells = [
         (system, dim, precision) for system, (_, _, widths) in prepared.items() for dim in widths for precision in names
     ]
     rows: list[dict] = []
     neighbours: dict[tuple[str, int], np.ndarray] = {}
+    exact: dict[str, torch.Tensor] = {}
     for done, (system, dim, precision) in enumerate(cells):
         if progress is not None:
             progress(f"{system} {dim} {precision}", done, len(cells))
-        left, right = (normalize_rows(torch.from_numpy(part)[:, :dim]) for part in prepared[system][:2])
+        whole = [torch.from_numpy(part) for part in prepared[system][:2]]
+        left, right = (normalize_rows(part[:, :dim]) for part in whole)
         row = {
             "system": system,
             "dim": dim,
@@ -247,7 +323,11 @@ def evaluate_vectors(
         if retrieval:
             if (system, dim) not in neighbours:
                 neighbours[system, dim] = search(right, left, k)[1].numpy()
-            rows.append(row | _retrieval_cell(left, right, precision, task, k, neighbours[system, dim]))
+            cell = _retrieval_cell(left, right, precision, task, k, neighbours[system, dim])
+            documents, queries = map(normalize_rows, whole)
+            if system not in exact:
+                exact[system] = search(queries, documents, max(RECALL_DEPTHS))[1]
+            rows.append(row | cell | float32_found(documents, queries, precision, dim, exact[system]))
         else:
             second = dequantize(quantize(right, precision))
             rows.append(row | {"spearman": spearman((left * normalize_rows(second)).sum(1), task.scores)})
@@ -297,9 +377,10 @@ def _retrieval_cell(documents, queries, precision: str, task: Retrieval, k: int,
             f"systems: {len(documents)} and {len(queries)} vectors for {len(task.corpus_ids)} documents and "
             f"{len(task.query_ids)} queries"
         )
-    coarse, fine = split_precision(precision)
-    base = quantize(documents, coarse)
-    options = {"rescore": quantize(documents, fine), "oversample": _OVERSAMPLE} if fine else {}
+    scan = split_precision(precision)
+    base = quantize(documents, scan.codes)
+    options = {"rescore": quantize(documents, scan.finer), "oversample": OVERSAMPLE} if scan.finer else {}
+    options["query_bits"] = scan.query_bits
     twins = self_answers(task)
     found = search(queries, base, k + any(twin is not None for twin in twins), **options)[1].numpy()
     times, started = [], time.perf_counter()

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from leafkern import Encoder, evaluate
 from leafkern.errors import InputError
 from leafkern.evaluate import Retrieval, Similarity, evaluate_vectors, load, ndcg, recall, spearman
+from leafkern.ops.retrieval import fold
 
 pytestmark = pytest.mark.filterwarnings("ignore::leafkern.ops._core.backend.FallbackWarning")
 
@@ -158,21 +160,78 @@ def test_grid():
         {"one": (documents, queries), "two": (documents * 3, queries)}, task, rankings={"x": perfect}
     )
     rows = {(row["system"], row["dim"], row["precision"]): row for row in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 2 * 3 * 5 + 1
+    assert len(rows) == len(result["rows"]) == 2 * 3 * 6 + 1
     assert {dim for _, dim, _ in rows} == {32, 16, 8, None}
     assert rows["x", None, None]["ndcg"] == 1
     full = rows["one", 32, "float32"]
     exact = np.argsort(-(queries @ (documents / np.linalg.norm(documents, axis=1, keepdims=True)).T), axis=1)[:, :10]
     ranked = [[task.corpus_ids[row] for row in line] for line in exact]
     assert full["ndcg"] == pytest.approx(ndcg(ranked, task.query_ids, task.qrels))
-    assert full["neighbours"] == 1
+    assert full["neighbours"] == full["found_10"] == full["found_100"] == 1
+    assert full["found_100_rescored"] > 0.99
     assert full["queries_per_s"] > 0
-    assert [rows["one", 32, p]["bytes_per_vector"] for p in evaluate.DEFAULT_PRECISIONS] == [128, 32, 16, 4, 36]
+    assert [rows["one", 32, p]["bytes_per_vector"] for p in evaluate.DEFAULT_PRECISIONS] == [128, 32, 16, 4, 4, 36]
     assert rows["one", 32, "int8"]["neighbours"] > rows["one", 32, "binary"]["neighbours"]
     assert rows["one", 32, "binary+int8"]["neighbours"] > rows["one", 32, "binary"]["neighbours"]
+    assert rows["one", 32, "binary@8"]["found_10"] > rows["one", 32, "binary"]["found_10"]
+    assert rows["one", 8, "float32"]["neighbours"] == 1 > rows["one", 8, "float32"]["found_10"]
     assert rows["one", 8, "float32"]["ndcg"] < full["ndcg"]
     assert rows["two", 16, "int8"]["ndcg"] == pytest.approx(rows["one", 16, "int8"]["ndcg"])  # normalised
     assert result == json.loads(json.dumps(result))
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def best(scores, k):
+    """Rows of the k largest per query; equal scores in order of rows."""
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+def share(found, exact):
+    return np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.tolist(), exact.tolist())])
+
+
+@pytest.mark.parametrize("n", [60, 700])
+@pytest.mark.parametrize("width", [32, 24])
+@pytest.mark.parametrize(
+    ("precision", "scored"),
+    [
+        ("float32", lambda queries, base: queries @ base.T),
+        ("binary", lambda queries, base: np.where(queries > 0, 1, -1) @ np.where(base > 0, 1, -1).T),
+        ("binary@8", lambda queries, base: codes_of(queries) @ np.where(base > 0, 1, -1).T),
+        ("binary@8+float32", lambda queries, base: codes_of(queries) @ np.where(base > 0, 1, -1).T),
+    ],
+)
+def test_recall_against_float32_is_what_plain_numpy_counts(n, width, precision, scored):
+    documents, queries, task = vectors(n)
+    result = evaluate_vectors({"s": (documents, queries)}, task, dims=[width], precisions=[precision])
+    (row,) = result["rows"]
+    documents, queries = unit(documents.astype(np.float64)), unit(queries.astype(np.float64))
+    narrow, asked = unit(documents[:, :width]), unit(queries[:, :width])
+    halves = documents.astype(np.float16).astype(np.float64)
+    for depth in evaluate.RECALL_DEPTHS:
+        k = min(depth, n)
+        exact = best(queries @ documents.T, k)
+        candidates = best(scored(asked, narrow), 4 * k)
+        again = {"exact": asked @ narrow.T} if "+" in precision else {"exact": queries @ halves.T}
+        lost = np.full_like(again["exact"], -np.inf)
+        np.put_along_axis(lost, candidates, np.take_along_axis(again["exact"], candidates, 1), 1)
+        rescored = share(best(lost, k), exact)
+        # A near tie of float32 and float64 may swap one of the 20 queries' results.
+        room = 1 / exact.size + 1e-9
+        if "+" in precision:
+            assert row[f"found_{depth}"] == pytest.approx(rescored, abs=room)
+            assert row[f"found_{depth}_rescored"] is None
+        else:
+            assert row[f"found_{depth}"] == pytest.approx(share(candidates[:, :k], exact), abs=room)
+            assert row[f"found_{depth}_rescored"] == pytest.approx(rescored, abs=room)
+
+
+def codes_of(queries):
+    """7-bit queries, in float32 as `search` folds them."""
+    return fold(torch.from_numpy(queries.astype(np.float32)))[0].numpy().astype(np.float64)
 
 
 def test_a_query_does_not_find_itself():
@@ -197,6 +256,8 @@ def test_grid_refuses():
         ({"dims": [33]}, "dims: 33 is not a width of s, whose vectors have 32 numbers"),
         ({"precisions": ["int9"]}, "unknown name 'int9'; did you mean 'int8'"),
         ({"precisions": ["int8+binary"]}, "'binary' is no finer precision than 'int8'"),
+        ({"precisions": ["binary@4"]}, "'binary@4': expected binary@1 or binary@8"),
+        ({"precisions": ["int8@8"]}, "'int8@8': expected binary@1 or binary@8"),
     ):
         with pytest.raises(InputError, match=message):
             evaluate_vectors({"s": (documents, queries)}, task, **options)

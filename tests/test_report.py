@@ -89,7 +89,9 @@ def test_plots_hold_their_marks_and_names(spread, log_x):
 
 
 def result(kind):
-    quality = {"retrieval": ("ndcg", "recall", "neighbours", "queries_per_s"), "similarity": ("spearman",)}[kind]
+    found = ("found_10", "found_10_rescored", "found_100", "found_100_rescored")
+    retrieval = ("ndcg", "recall", "neighbours", *found, "queries_per_s")
+    quality = {"retrieval": retrieval, "similarity": ("spearman",)}[kind]
     rows = [
         {"system": system, "dim": dim, "precision": precision, "bytes_per_vector": dim * size}
         | {name: 0.9 / (i + 1) for name in quality}
@@ -108,7 +110,7 @@ def test_evaluation_page(kind):
     given = result(kind)
     html = page(given)
     root = parse(html)
-    assert len(root.findall(".//svg")) == 2
+    assert len(root.findall(".//svg")) == (3 if kind == "retrieval" else 2)
     assert "<script" not in html
     body = root.findall(".//tbody/tr")
     assert len(body) == len(given["rows"])

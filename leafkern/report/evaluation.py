@@ -3,20 +3,25 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from leafkern.evaluate import OVERSAMPLE
 from leafkern.report import Html, Point, Section, Series, cards, render, scatter, table
 from leafkern.report.plot import frontier
 
-PRECISION_NAMES = {"binary+int8": "binary, rescored int8"}
+PRECISION_NAMES = {"binary@8": "binary, asymmetric", "binary@1": "binary"}
 
 _RETRIEVAL_COLUMNS = {
     "system": ("system", "", None),
     "dim": ("width", "", None),
     "precision": ("precision", "", None),
     "bytes_per_vector": ("bytes per vector", "", "min"),
-    "ndcg": ("nDCG@10", ".4f", "max"),
+    "ndcg": ("nDCG@{k}", ".4f", "max"),
     "kept": ("of own float32", ".1%", None),
-    "recall": ("recall@10", ".4f", "max"),
-    "neighbours": ("float32 top 10 found", ".1%", None),
+    "recall": ("recall@{k}", ".4f", "max"),
+    "neighbours": ("own float32 top {k}", ".1%", None),
+    "found_10": ("float32 top 10", ".1%", None),
+    "found_10_rescored": ("top 10 rescored", ".1%", None),
+    "found_100": ("float32 top 100", ".1%", None),
+    "found_100_rescored": ("top 100 rescored", ".1%", None),
     "queries_per_s": ("queries/s", ",.0f", "max"),
 }
 _SIMILARITY_COLUMNS = {
@@ -27,7 +32,10 @@ _SIMILARITY_COLUMNS = {
 
 
 def precision_name(precision: str | None) -> str | None:
-    return None if precision is None else PRECISION_NAMES.get(precision, precision.replace("+", ", rescored "))
+    if precision is None:
+        return None
+    codes, _, finer = precision.partition("+")
+    return PRECISION_NAMES.get(codes, codes) + (f", rescored {finer}" if finer else "")
 
 
 def quality_of(result: Mapping) -> str:
@@ -53,7 +61,7 @@ def cells(result: Mapping) -> tuple[list[str], list[list[object]], dict[str, str
         kept = row[quality] / base if base and row["precision"] else None
         known = {**row, "kept": kept, "precision": precision_name(row["precision"])}
         lines.append([known.get(name) for name in columns])
-    names = {name: label.replace("10", str(k)) for name, (label, _, _) in columns.items()}
+    names = {name: label.format(k=k) for name, (label, _, _) in columns.items()}
     formats = {names[name]: form for name, (_, form, _) in columns.items() if form}
     best = {names[name]: end for name, (_, _, end) in columns.items() if end}
     return list(names.values()), lines, formats, best
@@ -146,6 +154,33 @@ def plots(result: Mapping) -> list[str | Html]:
     return [first, second]
 
 
+def recall_plot(result: Mapping) -> Html | None:
+    """How much of float32's top 10 the codes of one system find, alone and rescored, by bytes; None without figures."""
+    rows = [row for row in result["rows"] if row.get("found_10") is not None]
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    if not systems:
+        return None
+    main = "student" if "student" in systems else systems[0]
+    own = [row for row in rows if row["system"] == main]
+
+    def points(name: str) -> list[Point]:
+        marks = [(row, precision_name(row["precision"])) for row in own if row[name] is not None]
+        return [
+            Point(row["bytes_per_vector"], row[name], label, f"width {row['dim']}, {label}: {row[name]:.4f}")
+            for row, label in marks
+        ]
+
+    series = [Series("codes alone", points("found_10")), Series("rescored", points("found_10_rescored"))]
+    return scatter(
+        series,
+        x="bytes per vector that are scanned (log scale)",
+        y=f"share of float32's top 10, {main}",
+        log_x=True,
+        x_ticks=_bytes_ticks([row["bytes_per_vector"] for row in own]),
+        caption="“A, rescored B” stands with the codes alone: it rescores by itself, from B of the same width.",
+    )
+
+
 def _bytes_ticks(values: Sequence[int]) -> list[int]:
     """Powers of two times the smallest, as widths halve: about seven of them."""
     ticks, tick = [], min(values)
@@ -161,10 +196,13 @@ def sections(result: Mapping) -> list[Section]:
     if quality_of(result) == "ndcg":
         how = (
             f"{name} is 1 when every query's relevant documents come first, in order of their grades; “recall” is the "
-            "share of them among the first results; “float32 top found” compares with the exact search of the same "
-            "vectors, so it shows what the codes alone lose. “A, rescored B” scans codes A and scores the best "
-            "candidates again with B; its bytes count both. “asymmetric” means documents by the teacher, queries by "
-            "the student. Shorter widths are prefixes of the vectors, normalised again."
+            "share of them among the first results; “own float32 top” compares with the exact search of the same "
+            "vectors, so it shows what the codes alone lose; “float32 top” compares with float32 at full width, so it "
+            "shows what codes and width lose together, and “rescored” what is left of that after the best "
+            f"{OVERSAMPLE}·k have been scored again by float16 vectors of full width. “A, rescored B” scans codes A "
+            "and scores the best candidates again with B; its bytes count both. “binary, asymmetric” compares bits "
+            "with 7-bit queries; as a system, “asymmetric” means documents by the teacher, queries by the student. "
+            "Shorter widths are prefixes of the vectors, normalised again."
         )
     else:
         how = (
@@ -175,10 +213,12 @@ def sections(result: Mapping) -> list[Section]:
     columns, lines, formats, best = cells(result)
     facts = headline(result)
     first, second = plots(result)
+    third = recall_plot(result)
     return [
         Section("", [*([cards(facts)] if facts else []), f"How to read this: {how}", *result.get("notes", ())]),
         Section(f"{name} by bytes per vector", [first]),
         Section(f"{name} by speed" if quality_of(result) == "ndcg" else f"{name} by width", [second]),
+        *([Section("What the codes find of float32’s answer", [third])] if third is not None else []),
         Section("All figures", [table(columns, lines, formats=formats, best=best, group=columns[0])]),
     ]
 

@@ -39,7 +39,11 @@ def test_all_write_their_rows_and_the_report(tmp_path, tiny_bert):
     names = ("search", "encoder", "pooling")
     search, encoder, pooling = (json.loads((tmp_path / "cpu" / f"{op}.json").read_text()) for op in names)
     assert (search["op"], encoder["op"], pooling["op"]) == names
-    assert {row["case"] for row in search["rows"]} >= {"float32/Q1", "int8/Q1", "binary/Q5", "asymmetric/Q5"}
+    precisions = ("float32", "float16", "int8", "int4", "binary", "asymmetric", "rescored")
+    assert {row["case"] for row in search["rows"]} == {
+        *(f"{precision}/Q{q}" for precision in precisions for q in (1, 5)),
+        *(f"{precision}/Q{q}/k100" for precision in ("int8", "binary", "asymmetric") for q in (1, 5)),
+    }
     assert {row["case"] for row in encoder["rows"]} == {
         *(f"{part}/{mix}/float32" for part in ("text", "forward") for mix in ("real", "document")),
         "batch/real/float32/B1",

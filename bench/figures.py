@@ -1,0 +1,67 @@
+"""What the result files hold, for the pages that are made from them: cases by name, tables, shares."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from leafkern.files import read_json
+
+
+class Measured(NamedTuple):
+    """One case of a benchmark, with the run that it comes from."""
+
+    rows: Mapping[str, dict]  # by provider, those that were timed
+    ceilings: Mapping[str, float]
+    document: dict
+
+    @property
+    def ours(self) -> dict:
+        return next(row for row in self.rows.values() if row["ours"])
+
+    @property
+    def seconds(self) -> float:
+        return self.ours["p50_s"]
+
+    def faster_than(self, *names: str) -> float | None:
+        """Ours against the fastest of the providers whose names begin so; None where none was timed."""
+        times = [row["p50_s"] for provider, row in self.rows.items() if provider.startswith(names) and not row["ours"]]
+        return min(times) / self.seconds if times else None
+
+
+def cases(folder: Path, op: str) -> dict[str, Measured]:
+    """By name, from OP.json and OP-*.json in `folder`; a case measured in several runs is the last one's."""
+    documents = [
+        read_json(path, "benchmark result") for path in [*folder.glob(f"{op}.json"), *folder.glob(f"{op}-*.json")]
+    ]
+    found = {}
+    for document in sorted(documents, key=lambda document: document["date"]):
+        for name in dict.fromkeys(row["case"] for row in document["rows"]):
+            rows = {r["provider"]: r for r in document["rows"] if r["case"] == name and r["status"] == "ok"}
+            if any(row["ours"] for row in rows.values()):
+                rates = {key: ceiling["rate"] for key, ceiling in document["ceilings"].items()}
+                found[name] = Measured(rows, rates, document)
+    return found
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return "" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.3g} ×"
+
+
+def origin(documents: Iterable[Mapping]) -> str:
+    """Which runs figures come from: dates, commits and machines."""
+    said = {}
+    for one in documents:
+        machine = one["machine"]
+        where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {machine['threads']} threads"
+        said[f"{one['date'][:10]}, commit {(one['commit'] or 'unknown')[:12]}, {where}"] = None
+    return "; ".join(said)

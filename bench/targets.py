@@ -1,0 +1,214 @@
+"""The targets of quantised search and what was measured, in one table.
+
+    python -m bench.targets [--results bench/results] [--output bench/results/search.md]
+
+Reads results/*/{search,quantization,index}*.json and results/recall/recall.json; a line whose figures are missing says
+so. A full run of these benchmarks ends with the lines that its folder of results can fill.
+"""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from leafkern.console import guarded
+from leafkern.errors import InputError
+from leafkern.files import atomic_file, read_json
+
+from . import figures
+from .figures import Measured, table
+from .machine import results_folder
+
+OTHERS = ("FAISS", "USearch", "NumKong")
+POPCOUNTS = ("popcount_scalar", "popcount_avx2")
+Cases = Mapping[str, Measured]
+
+
+class Target(NamedTuple):
+    """One figure and what it must reach. value(found): from `measurements`' dict; KeyError where that is missing."""
+
+    case: str
+    what: str
+    bound: float
+    value: Callable[[Mapping], float | None]
+    unit: str = "×"
+    at_most: bool = False
+
+    def line(self, found: Mapping) -> list[str]:
+        try:
+            value = self.value(found)
+        except KeyError:
+            value = None
+        sign = "≤" if self.at_most else "≥"
+        cells = [self.case, self.what, f"{sign} {_shown(self.bound, self.unit)}"]
+        if value is None:
+            return [*cells, "not measured", ""]
+        reached = value <= self.bound if self.at_most else value >= self.bound
+        return [*cells, _shown(value, self.unit), "reached" if reached else "missed"]
+
+
+def _shown(value: float, unit: str) -> str:
+    if unit == "%":
+        return f"{100 * value:.1f} %"
+    return f"{value:.3f}" if unit == "" else f"{value:.3g} {unit}"
+
+
+def _of_bandwidth(machine: str, case: str, ceiling: str) -> Callable[[Mapping], float]:
+    def value(found):
+        one = found[machine, "search"][case]
+        return one.ours["bytes"] / one.ceilings[ceiling] / one.seconds
+
+    return value
+
+
+def _of_rate(machine: str, case: str, *ceilings: str) -> Callable[[Mapping], float]:
+    def value(found):
+        one = found[machine, "search"][case]
+        return one.ours["operations"] / max(one.ceilings[name] for name in ceilings) / one.seconds
+
+    return value
+
+
+def _faster(machine: str, case: str, *providers: str) -> Callable[[Mapping], float | None]:
+    return lambda found: found[machine, "search"][case].faster_than(*providers)
+
+
+def _slower_by(case: str) -> Callable[[Mapping], float | None]:
+    def value(found):
+        ratio = found["cpu", "search"][case].faster_than("leafkern, k = 10")
+        return None if ratio is None else 1 / ratio - 1
+
+    return value
+
+
+def _quantised(case: str) -> Callable[[Mapping], float]:
+    return lambda found: found["cpu", "quantization"][case].ours["percent_of_limit"] / 100
+
+
+def _recall(key: str) -> Callable[[Mapping], float]:
+    def value(found):
+        rows = found["recall"]["collections"]["docstrings"]["grid"]
+        return next(row[key] for row in rows if (row["precision"], row["dim"]) == ("binary@8", 384))
+
+    return value
+
+
+def _targets() -> list[Target]:
+    found = []
+    for precision in ("int8", "binary"):
+        case = f"{precision}/Q1"
+        found.append(Target(case, "of read bandwidth", 0.80, _of_bandwidth("cpu", case, "read"), "%"))
+        found.append(Target(case, "the best of FAISS, USearch, NumKong", 2.0, _faster("cpu", case, *OTHERS)))
+    many = "int8/Q1000"
+    found += [
+        Target(many, "of the maddubs + madd peak", 0.65, _of_rate("cpu", many, "int8_maddubs"), "%"),
+        Target(many, "NumKong's dots, which select nothing", 1.2, _faster("cpu", many, "NumKong")),
+        Target(many, "FAISS SQ8 direct signed", 4.0, _faster("cpu", many, "FAISS SQ8")),
+        Target(many, "USearch exact i8", 4.0, _faster("cpu", many, "USearch")),
+        Target(many, "FAISS IndexFlatIP (float32)", 1.5, _faster("cpu", many, "FAISS FlatIP")),
+        Target("binary/Q1000", "of the best popcount peak", 0.60, _of_rate("cpu", "binary/Q1000", *POPCOUNTS), "%"),
+        Target("binary/Q1000", "FAISS IndexBinaryFlat", 2.0, _faster("cpu", "binary/Q1000", "FAISS IndexBinaryFlat")),
+    ]
+    for q in (1, 32, 1000):
+        case = f"asymmetric/Q{q}"
+        found.append(Target(case, "FAISS PQFastScan 96x4", 1.0, _faster("cpu", case, "FAISS PQFastScan")))
+    for key, bound, what in (
+        ("found_10", 0.70, "recall@10 of 11,500 docstrings, codes alone"),
+        ("found_10_rescored", 0.97, "the same, rescored ×4 by float16"),
+    ):
+        found.append(Target("asymmetric", what, bound, _recall(key), ""))
+    for precision in ("int8", "binary", "asymmetric"):
+        for q in (1, 32, 1000):
+            case = f"{precision}/Q{q}/k100"
+            found.append(Target(case, "slower than k = 10 by", 0.15, _slower_by(case), "%", at_most=True))
+    for precision in ("int8", "binary"):
+        found.append(Target(f"quantise {precision}", "of copy bandwidth", 0.50, _quantised(precision), "%"))
+    for machine in ("h200", "h100"):
+        one, many = "int8/Q1", "int8/Q1000"
+        name = machine.upper()
+        peer = "torch matmul + topk"
+        found += [
+            Target(f"{name}, {one}", "of copy bandwidth", 0.85, _of_bandwidth(machine, one, "copy"), "%"),
+            Target(f"{name}, {many}", "of the int8 product's peak", 0.40, _of_rate(machine, many, "int8_gemm"), "%"),
+            Target(f"{name}, {one}", "fp16 torch matmul + topk", 2.0, _faster(machine, one, peer)),
+            Target(f"{name}, {many}", "fp16 torch matmul + topk", 2.0, _faster(machine, many, peer)),
+        ]
+    found += [
+        Target("open 10 GB", "milliseconds", 50, _index("p50_s", 1e3), "ms", at_most=True),
+        Target("open 10 GB", "resident memory, of its size", 0.01, _resident, "%", at_most=True),
+    ]
+    return found
+
+
+def _index(key: str, factor: float) -> Callable[[Mapping], float]:
+    return lambda found: factor * found["cpu", "index"]["open"].ours[key]
+
+
+def _resident(found: Mapping) -> float | None:
+    row = found["cpu", "index"]["open"].ours
+    return None if row["peak_bytes"] is None else row["peak_bytes"] / row["shape"]["bytes"]
+
+
+def measurements(folder: Path) -> dict:
+    """By (machine, benchmark) the cases; under "recall" the document of bench.recall. What is not there is left out."""
+    found: dict = {}
+    for machine in ("cpu", "h100", "h200"):
+        for op in ("search", "quantization", "index"):
+            cases = {
+                name: one for name, one in figures.cases(folder / machine, op).items() if one.document["size"] == "full"
+            }
+            if cases:
+                found[machine, op] = cases
+    path = folder / "recall" / "recall.json"
+    if path.is_file():
+        found["recall"] = read_json(path, "recall figures")
+    return found
+
+
+def reached(found: Mapping) -> list[str]:
+    """A line for every target that these measurements can be held to."""
+    lines = [target.line(found) for target in _targets()]
+    return [f"target: {' '.join(filter(None, line))}" for line in lines if line[4]]
+
+
+def page(found: Mapping) -> str:
+    lines = [target.line(found) for target in _targets()]
+    # No GPU but one: the lines of the other say nothing.
+    lines = [line for line in lines if line[3] != "not measured" or not line[0].startswith("H100")]
+    missed = sum(line[4] == "missed" for line in lines)
+    absent = sum(line[3] == "not measured" for line in lines)
+    documents = [one.document for key, cases in found.items() if key != "recall" for one in cases.values()]
+    lead = (
+        "Written by `python -m bench.targets` from the result files; no figure here is typed. N = 1 million × 384 "
+        "clustered unit vectors, k = 10, on a CPU; 10 million on a GPU. Ratios are how many times faster leafkern is, "
+        "medians of one run. Percentages are of rates measured in the same run."
+    )
+    count = f"{len(lines) - missed - absent} of {len(lines)} reached, {missed} not, {absent} not measured here."
+    origin = f"From: {figures.origin(documents)}." if documents else "No result files were found."
+    parts = ["# Quantised search: targets and figures", lead, count]
+    parts += [table(["case", "", "target", "measured", ""], lines), origin]
+    return "\n\n".join(part if part[0] in "#|" else textwrap.fill(part, 120) for part in parts) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.targets", description=__doc__.partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=results_folder(), help="folder of the measurements")
+    parser.add_argument("--output", type=Path, help="the page (default: search.md among the results)")
+    parser.add_argument("--debug", action="store_true", help="a traceback with an error")
+    given = parser.parse_args(arguments)
+
+    def write() -> None:
+        if not given.results.is_dir():
+            raise InputError(f"--results: {given.results}: no such folder")
+        text = page(measurements(given.results))
+        with atomic_file(given.output or given.results / "search.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(text, end="")
+
+    return guarded(write, debug=given.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
