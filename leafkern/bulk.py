@@ -11,17 +11,18 @@ import torch
 from leafkern.encode import Encoder
 from leafkern.errors import InputError, unknown_name
 from leafkern.evaluate import prompt_for
-from leafkern.index.manifest import PRECISIONS
-from leafkern.index.vectors import Rows
+from leafkern.index import Index, exchange
+from leafkern.index.manifest import PRECISIONS, checked_rescore
+from leafkern.index.segment import checksum
+from leafkern.index.stream import Stream
+from leafkern.index.vectors import Rows, check_distinct, id_array
 from leafkern.ops import quantize
 from leafkern.textio import (
     BLOCK_ROWS,
     VECTOR_FORMATS,
-    is_vector_file,
+    Texts,
     iter_texts,
-    read_column,
     read_texts,
-    read_vectors,
     suffix,
     vector_writer,
 )
@@ -33,8 +34,9 @@ class Documents(NamedTuple):
     """What an index is built from. vectors: a matrix, or blocks still to be encoded; prompt: literal, None: unknown."""
 
     vectors: np.ndarray | Iterator[np.ndarray]
-    ids: list[str | int] | None
-    texts: list[str] | None
+    ids: object
+    texts: object
+    width: int | None
     encoder: Encoder | None
     prompt: str | None
 
@@ -87,6 +89,74 @@ def encode_file(
     return done, vectors.shape[1]
 
 
+def encode_index(
+    open_encoder: Callable[[], Encoder],
+    input: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    field: str = "text",
+    ids_field: str | None = None,
+    dim: int | None = None,
+    precision: str = "int8",
+    rescore: str | None = "float16",
+    prompt: str | None = None,
+    texts: bool = True,
+    progress: Progress = lambda what, done, total: None,
+) -> Index:
+    """Encodes the texts of `input` into an index at `output`, 16,384 at a time; killed and called again, it goes on.
+
+    prompt: a name; None is the encoder's prompt for documents. dim: the first numbers of each vector (MRL). The ranges
+    of int8 and int4 codes are those of the first block. What is in the index by a kill stays there; a call with another
+    input, model, prompt or form of the index is refused, and the same one of a finished index encodes nothing.
+    """
+    checked_rescore(precision, rescore)
+    if str(input) == "-":
+        raise InputError("INPUT: an index is encoded from a file, for standard input can't be read again after a kill")
+    total = _checked_texts(input, field, ids_field)
+    encoder = open_encoder()
+    literal = encoder.prompt_text(prompt or prompt_for(encoder, "document"))
+    origin = {"input": checksum(Path(input)), "total": total, "field": field, "ids_field": ids_field}
+    origin |= {"encoder": encoder.fingerprint, "prompt": literal}
+    stream = Stream(
+        output,
+        origin,
+        width=encoder.encode([], prompt_text=literal, dim=dim).shape[1],
+        precision=precision,
+        rescore=checked_rescore(precision, rescore),
+        encoder=encoder,
+        prompt=literal,
+        texts=texts,
+    )
+    for block in _from(iter_texts(input, field, ids_field, BLOCK_ROWS), stream.position):
+        vectors = encoder.encode(
+            block.texts,
+            prompt_text=literal,
+            dim=dim,
+            progress=lambda rows, _, at=stream.position: progress("encoding", at + rows, total),
+        )
+        stream.add(vectors, block.ids, block.texts if texts else None)
+    return stream.finish()
+
+
+def _checked_texts(input: str | os.PathLike, field: str, ids_field: str | None) -> int:
+    """How many texts a file holds; every line is read, and ids are compared, before anything is encoded."""
+    total, ids = 0, []
+    for block in iter_texts(input, field, ids_field):
+        total += len(block.texts)
+        ids.extend(block.ids or ())
+    if ids_field is not None:
+        check_distinct(id_array(ids))
+    return total
+
+
+def _from(blocks: Iterator[Texts], position: int) -> Iterator[Texts]:
+    """The blocks without the first `position` texts."""
+    for block in blocks:
+        if position < len(block.texts):
+            yield Texts(None if block.ids is None else block.ids[position:], block.texts[position:])
+        position = max(0, position - len(block.texts))
+
+
 def documents(
     encoder: Encoder | None,
     input: str | os.PathLike,
@@ -94,34 +164,35 @@ def documents(
     ids_field: str | None = None,
     prompt: str | None = None,
     *,
+    texts: bool = True,
+    binary: bool = False,
+    folder: str | os.PathLike | None = None,
     check: Callable[..., None] = lambda **expected: None,
     progress: Progress = lambda what, done, total: None,
 ) -> Documents:
     """The documents of a file of vectors, or of texts that `encoder` is to encode.
 
-    prompt: a name; None is the encoder's prompt for documents. check: `Index.require`, called before encoding.
+    prompt: a name; None is the encoder's prompt for documents. texts, binary, folder: as in `exchange.read`. check:
+    `Index.require`, called before encoding.
     """
-    if str(input) != "-" and is_vector_file(input):
+    if str(input) != "-" and exchange.holds_vectors(input):
         if encoder is not None and suffix(input) != ".parquet":
             raise InputError(f"--model: {input} holds vectors already; leave the model out")
         if encoder is None:
-            if ids_field and suffix(input) != ".parquet":
-                raise InputError(f"--ids-field: {input} has no fields; only .parquet keeps ids beside vectors")
-            texts, vectors = read_vectors(input)
-            return Documents(vectors, read_column(input, ids_field) if ids_field else None, texts, None, None)
+            source = exchange.read(input, ids_field=ids_field, texts=texts, binary=binary, folder=folder)
+            return Documents(*source, None, None)
     if encoder is None:
         raise InputError(f"--model: {input} holds texts; name the model that is to encode them")
-    name = prompt or prompt_for(encoder, "document")
-    literal = encoder.prompt_text(name)
+    literal = encoder.prompt_text(prompt or prompt_for(encoder, "document"))
     check(encoder=encoder, prompt=literal, width=encoder.dim)
-    ids, texts = read_texts(input, field, ids_field)
+    ids, given = read_texts(input, field, ids_field)
 
     def vectors() -> Iterator[np.ndarray]:
-        for start in range(0, len(texts), BLOCK_ROWS):
+        for start in range(0, len(given), BLOCK_ROWS):
             yield encoder.encode(
-                texts[start : start + BLOCK_ROWS],
+                given[start : start + BLOCK_ROWS],
                 prompt_text=literal,
-                progress=lambda rows, _, at=start: progress("encoding", at + rows, len(texts)),
+                progress=lambda rows, _, at=start: progress("encoding", at + rows, len(given)),
             )
 
-    return Documents(vectors(), ids, texts, encoder, literal)
+    return Documents(vectors(), ids, given if texts else None, encoder.dim, encoder, literal)

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +15,7 @@ from leafkern.errors import InputError
 if TYPE_CHECKING:
     from leafkern.bulk import Documents
     from leafkern.encode import Encoder
+    from leafkern.index import Index
 
 app = typer.Typer(
     name="leafkern",
@@ -24,12 +25,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-index_app = typer.Typer(help="Make, extend and look at an index.", no_args_is_help=False)
+index_app = typer.Typer(help="Make, extend, look at and export an index.", no_args_is_help=False)
 app.add_typer(index_app, name="index")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a model's folder or hub id")]
 IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="the index's folder")]
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="a file of texts or vectors; '-' is standard input")]
+Rescore = Annotated[str, typer.Option(help="in an index: finer codes for the best candidates, or none")]
+KeepTexts = Annotated[bool, typer.Option(help="in an index: keep the texts, for search to show")]
 Field = Annotated[str, typer.Option(help="field or column of the text in .jsonl and .parquet")]
 IdsField = Annotated[str | None, typer.Option(help="field or column of the ids; without it rows are numbered")]
 ModelOption = Annotated[str | None, typer.Option(help="the model that encodes INPUT when it holds texts")]
@@ -91,34 +94,61 @@ def train(
 def encode(
     model: Model,
     input: Input,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help=".npy, .safetensors or .parquet")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="OUT", help=".npy, .safetensors, .parquet, or an index's folder")
+    ],
     field: Field = "text",
+    ids_field: IdsField = None,
     dim: Annotated[int | None, typer.Option(help="keep the first DIM numbers of each vector (MRL), normalised")] = None,
-    precision: Annotated[str, typer.Option(help="float32, float16, int8, int4, binary or ubinary")] = "float32",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="float32, float16, int8, int4, binary or ubinary; default: float32, of an index int8"),
+    ] = None,
+    rescore: Rescore = "float16",
     prompt: Prompt = None,
+    texts: KeepTexts = True,
     device: Device = None,
 ) -> None:
     """Turn texts (.txt, .jsonl, both also .gz; .parquet; '-') into vectors, row for row.
 
-    Big files are read in blocks. int8 and int4 go to .safetensors, with their scale and offset; their ranges are those
-    of the first 16,384 texts.
+    Big files are read in blocks. int8 and int4 take their ranges from the first 16,384 texts; in files they go to
+    .safetensors, with their scale and offset.
+
+    OUT without a suffix, or with a / behind it, is an index. It grows by 16,384 texts at a time; when the command was
+    stopped, the same command goes on where it was.
 
     Example: `leafkern encode my-model docs.jsonl -o docs.npy --field body`
-    """
-    from leafkern.bulk import encode_file
 
+    Example: `leafkern encode my-model docs.jsonl -o my-index/ --ids-field id`
+    """
+    from leafkern.bulk import encode_file, encode_index
+
+    index = output.endswith("/") or Path(output).is_dir() or not Path(output).suffix
+    if ids_field is not None and not index:
+        raise InputError(f"--ids-field: {output} is no index, and keeps no ids; leave it out")
+    options = {"field": field, "dim": dim, "prompt": prompt}
     with progress_bar() as report:
-        rows, width = encode_file(
-            lambda: open_model(model, device),
-            input,
-            output,
-            field=field,
-            dim=dim,
-            precision=precision,
-            prompt=prompt,
-            progress=report,
-        )
-    say(f"{rows:,} vectors of width {width}, {precision}: {output}")
+        if index:
+            options |= {"precision": precision or "int8", "rescore": _level(rescore), "ids_field": ids_field}
+            built = encode_index(
+                lambda: open_model(model, device), input, output, **options, texts=texts, progress=report
+            )
+            say(_described(built))
+            print(output)
+        else:
+            options |= {"precision": precision or "float32"}
+            rows, width = encode_file(
+                lambda: open_model(model, device), input, Path(output), **options, progress=report
+            )
+            say(f"{rows:,} vectors of width {width}, {options['precision']}: {output}")
+
+
+def _level(rescore: str) -> str | None:
+    return None if rescore == "none" else rescore
+
+
+def _described(index: "Index") -> str:
+    return f"{len(index):,} vectors of width {index.width}, {index.precision}, rescored {index.rescore}"
 
 
 @index_app.command("build")
@@ -127,22 +157,35 @@ def index_build(
     input: Input,
     model: ModelOption = None,
     precision: Annotated[str, typer.Option(help="of the codes scanned: float32, float16, int8, int4, binary")] = "int8",
-    rescore: Annotated[str, typer.Option(help="finer codes for the best candidates, or none")] = "float16",
+    rescore: Rescore = "float16",
     field: Field = "text",
     ids_field: IdsField = None,
     prompt: Prompt = None,
-    texts: Annotated[bool, typer.Option(help="keep the texts, for search to show")] = True,
+    texts: KeepTexts = True,
+    ranges: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npy", help="(2, D): least and greatest values of the int8 or int4 codes"),
+    ] = None,
+    rotate: Annotated[bool, typer.Option("--rotate", help="turn all vectors by one random rotation")] = False,
     device: Device = None,
 ) -> None:
-    """Make an index of vectors (.npy, .safetensors, .parquet) or, with --model, of texts.
+    """Make an index of vectors (.npy, .safetensors, .parquet, FAISS's flat .faiss) or, with --model, of texts.
+
+    It appears, whole, when all is done, in place of one that stood there. Ids come from --ids-field (.jsonl, .parquet),
+    from the .faiss file, or from INPUT.ids.npy or INPUT.ids.json beside the vectors, as `index export` writes them.
 
     Example: `leafkern index build my-index docs.jsonl --model my-model --field body --ids-field id`
-    """
-    from leafkern.index import Index, checked_rescore
 
-    finer = None if rescore == "none" else rescore
-    checked_rescore(precision, finer)
-    with _documents(input, model, field, ids_field, prompt, device) as given:
+    Example: `leafkern index build my-index vectors.parquet --ids-field id --precision ubinary --rescore int8`
+    """
+    from leafkern.index import Index
+    from leafkern.index.manifest import checked_rescore
+
+    finer = checked_rescore(precision, _level(rescore))
+    limits = None if ranges is None else _ranges(ranges)
+    binary = precision in ("binary", "ubinary") and finer is None
+    folder = _existing_parent(index)
+    with _documents(input, model, field, ids_field, prompt, device, texts=texts, binary=binary, folder=folder) as given:
         built = Index.build(
             index,
             given.vectors,
@@ -151,10 +194,27 @@ def index_build(
             rescore=finer,
             encoder=given.encoder,
             prompt=given.prompt,
-            texts=given.texts if texts else None,
+            texts=given.texts,
+            width=given.width,
+            ranges=limits,
+            rotate=rotate,
         )
-    say(f"{len(built):,} vectors of width {built.width}, {built.precision}, rescored {built.rescore}")
+    say(_described(built))
     print(index)
+
+
+def _ranges(path: Path) -> object:
+    """(2, D) of floats from a .npy file."""
+    from leafkern.textio import read_vectors, suffix
+
+    if suffix(path) != ".npy":
+        raise InputError(f"--ranges: {path} is no .npy file; save a float array (2, D), least and greatest values")
+    return read_vectors(path).vectors
+
+
+def _existing_parent(path: Path) -> Path:
+    """The folder in which `path` lies or will lie, or the nearest one above it."""
+    return next(folder for folder in path.absolute().parents if folder.is_dir())
 
 
 @index_app.command("add")
@@ -174,10 +234,85 @@ def index_add(
     from leafkern.index import Index
 
     opened = Index.open(index)
-    with _documents(input, model, field, ids_field, prompt, device, check=opened.require) as given:
-        texts = given.texts if opened.has_texts else None
-        clipped = opened.add(given.vectors, given.ids, texts=texts, encoder=given.encoder, prompt=given.prompt)
+    reading = {
+        "texts": opened.has_texts,
+        "binary": opened.precision in ("binary", "ubinary") and opened.rescore is None,
+        "folder": index,
+        "check": opened.require,
+    }
+    with _documents(input, model, field, ids_field, prompt, device, **reading) as given:
+        clipped = opened.add(given.vectors, given.ids, texts=given.texts, encoder=given.encoder, prompt=given.prompt)
     say(f"{len(opened):,} vectors now; {clipped} new values were clipped")
+
+
+@index_app.command("remove")
+def index_remove(
+    index: IndexPath,
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="ids in the index; '-' reads one per line")],
+) -> None:
+    """Remove vectors by their ids, all or, if one is not in the index, none. `index compact` frees their space.
+
+    Example: `leafkern index remove my-index doc17 doc42`
+
+    Example: `leafkern index remove my-index - < obsolete-ids.txt`
+    """
+    from leafkern.index import Index
+    from leafkern.textio import read_texts
+
+    opened = Index.open(index)
+    named = [each for given in ids for each in (read_texts("-").texts if given == "-" else [given])]
+    if opened.info()["ids"] == "int64":
+        named = [_integer(each) for each in named]
+    removed = opened.remove(named)
+    say(f"{removed:,} vectors removed, {len(opened):,} left")
+
+
+def _integer(identity: str) -> int:
+    try:
+        return int(identity)
+    except ValueError:
+        raise InputError(f"ID: {identity!r} is no whole number, as the ids of this index are") from None
+
+
+@index_app.command("compact")
+def index_compact(
+    index: IndexPath,
+    smaller_than: Annotated[
+        int | None, typer.Option(metavar="ROWS", help="join only segments of fewer vectors; default: all")
+    ] = None,
+) -> None:
+    """Write an index's segments together, without what was removed: less space, faster search.
+
+    Example: `leafkern index compact my-index --smaller-than 100000`
+    """
+    from leafkern.index import Index
+
+    opened = Index.open(index)
+    before = opened.info()
+    opened.compact(smaller_than=smaller_than)
+    after = opened.info()
+    say(f"{before['segments']} segments became {after['segments']}, {before['bytes']:,} bytes {after['bytes']:,}")
+
+
+@index_app.command("export")
+def index_export(
+    index: IndexPath,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help=".npy, .safetensors, .parquet or .faiss")],
+    precision: Annotated[str, typer.Option(help="float32, float16, or ubinary (bits)")] = "float32",
+) -> None:
+    """Write the vectors of an index to a file, decoded from its finest codes, in order of insertion.
+
+    .parquet gets columns id, vector and text. .faiss is an IndexFlatIP, with ubinary an IndexBinaryFlat, in an
+    IndexIDMap where the ids are not 0, 1, 2, ... Other ids go beside OUT: docs.ids.npy or docs.ids.json.
+
+    Example: `leafkern index export my-index docs.parquet`
+    """
+    from leafkern.index import Index, exchange
+
+    with progress_bar() as report:
+        rows = exchange.export(Index.open(index), output, precision=precision, progress=report)
+    say(f"{rows:,} vectors, {precision}")
+    print(output)
 
 
 @index_app.command("info")
@@ -194,6 +329,7 @@ def index_info(index: IndexPath, json_: Annotated[bool, typer.Option("--json", h
     if json_:
         print(json.dumps(facts))
     else:
+        facts |= {f"source {name}": value for name, value in (facts.pop("source", None) or {}).items()}
         width = max(map(len, facts))
         for name, value in facts.items():
             print(f"{name:<{width}}  {'' if value is None else value}")
@@ -219,6 +355,9 @@ def search(
     query: Annotated[list[str], typer.Argument(metavar="QUERY...", help="the questions; '-' reads one per line")],
     k: Annotated[int, typer.Option("--k", "-k", help="results per query")] = 10,
     oversample: Annotated[int, typer.Option(help="candidates that are rescored, as a multiple of k")] = 4,
+    dim: Annotated[
+        int | None, typer.Option(help="scan only the first DIM numbers of each vector (MRL), then rescore by all")
+    ] = None,
     prompt: Prompt = None,
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="search also where MODEL does not say that it fits this index")
@@ -249,7 +388,7 @@ def search(
             f"({opened.encoder}) nor a student of it; use one of these, or --asymmetric if you know that it fits"
         )
     vectors = encoder.encode(queries, prompt=prompt or prompt_for(encoder, "query"), dim=opened.width)
-    scores, rows = opened.search_rows(vectors, k, oversample=oversample)
+    scores, rows = opened.search_rows(vectors, k, oversample=oversample, dim=dim)
     ids = opened.ids_at(rows).tolist()
     texts = opened.texts_at(rows).tolist() if opened.has_texts else None
     for number, text in enumerate(queries):
@@ -399,17 +538,11 @@ def open_model(model: str, device: str | None) -> "Encoder":
 
 @contextmanager
 def _documents(
-    input: str,
-    model: str | None,
-    field: str,
-    ids_field: str | None,
-    prompt: str | None,
-    device: str | None,
-    check: Callable[..., None] = lambda **expected: None,
+    input: str, model: str | None, field: str, ids_field: str | None, prompt: str | None, device: str | None, **options
 ) -> Iterator["Documents"]:
     """What is to be indexed, with a progress bar while it is encoded; see `leafkern.bulk.documents`."""
     from leafkern.bulk import documents
 
     encoder = open_model(model, device) if model else None
     with progress_bar() as report:
-        yield documents(encoder, input, field, ids_field, prompt, check=check, progress=report)
+        yield documents(encoder, input, field, ids_field, prompt, progress=report, **options)

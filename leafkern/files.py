@@ -37,6 +37,16 @@ def _step(step: str, path: Path) -> None:
     on_step(step, path)
 
 
+def existing(path: str | os.PathLike) -> Path:
+    """`path`, if it is a file."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; expected a file")
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    return path
+
+
 def fsync_file(path: Path) -> None:
     """Makes a file durable, and readable by whom the umask at import lets (safetensors asks for the owner alone)."""
     _step("fsync", path)

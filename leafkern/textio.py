@@ -14,12 +14,14 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tokenize import TokenError  # numpy's reader of .npy headers lets it through
 from typing import NamedTuple
 
 import numpy as np
 
-from leafkern.errors import InputError, unknown_name
-from leafkern.files import TEMPORARY, atomic_file
+from leafkern import parquet
+from leafkern.errors import InputError
+from leafkern.files import TEMPORARY, atomic_file, existing
 
 TEXT_FORMATS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 VECTOR_FORMATS = (".npy", ".safetensors", ".parquet")
@@ -52,7 +54,7 @@ def suffix(path: str | os.PathLike) -> str:
 def is_vector_file(path: str | os.PathLike) -> bool:
     """Whether `path` holds vectors rather than texts, by its suffix and, for parquet, its columns."""
     kind = suffix(path)
-    return kind in (".npy", ".safetensors") or (kind == ".parquet" and "vector" in _parquet(path).schema_arrow.names)
+    return kind in (".npy", ".safetensors") or (kind == ".parquet" and "vector" in parquet.types(path))
 
 
 def iter_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
@@ -87,16 +89,6 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def existing(path: str | os.PathLike) -> Path:
-    """`path`, if it is a file."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; expected a file")
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    return path
 
 
 def iter_texts(
@@ -152,6 +144,8 @@ def iter_objects(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from None
+        except (ValueError, RecursionError) as error:  # a number too long, nested too deeply
+            raise InputError(f"{path}:{number}: not JSON ({error})") from None
         if not isinstance(value, dict):
             raise InputError(f"{path}:{number}: expected a JSON object, got {type(value).__name__}")
         yield number, value
@@ -177,43 +171,11 @@ def _jsonl_pairs(path, field: str, id_field: str | None) -> Iterator[tuple[str |
         yield identity, field_of(where, value, field)
 
 
-@contextmanager
-def _reading_parquet(path: str | os.PathLike) -> Iterator[None]:
-    """Makes Arrow's errors about what the file holds InputErrors; those of the system and of memory pass."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
-            raise
-        raise InputError(f"{path}: not a readable parquet file ({(str(error).splitlines() or [''])[0]})") from None
-
-
-def _parquet(path: str | os.PathLike):
-    import pyarrow.parquet as pq
-
-    with _reading_parquet(path):
-        return pq.ParquetFile(existing(path), memory_map=True)
-
-
-def _column(path, file, name: str) -> None:
-    if name not in file.schema_arrow.names:
-        raise unknown_name(f"{path}: column", name, file.schema_arrow.names)
-
-
 def _parquet_pairs(path, field: str, id_field: str | None, rows: int) -> Iterator[tuple[str | int | None, str]]:
-    file = _parquet(path)
     columns = [field] if id_field is None else [field, id_field]
-    for name in columns:
-        _column(path, file, name)
     row = 0
-    batches = file.iter_batches(batch_size=rows, columns=columns)
-    while True:
-        with _reading_parquet(path):
-            batch = next(batches, None)
-            if batch is None:
-                return
+    for batch in parquet.batches(path, columns, rows):
+        with parquet.reading(path):
             values = {name: batch.column(name).to_pylist() for name in columns}
         for number, text in enumerate(values[field]):
             identity = None if id_field is None else values[id_field][number]
@@ -227,24 +189,12 @@ def _parquet_pairs(path, field: str, id_field: str | None, rows: int) -> Iterato
             row += 1
 
 
-def read_column(path: str | os.PathLike, name: str) -> list[str | int]:
-    """One column of a .parquet file, of strings or integers (ids beside vectors)."""
-    file = _parquet(path)
-    _column(path, file, name)
-    with _reading_parquet(path):
-        values = file.read(columns=[name]).column(name).to_pylist()
-    for row, value in enumerate(values):
-        if not isinstance(value, (str, int)):
-            raise InputError(f"{path}: row {row}: column {name!r} must be str or int, got {type(value).__name__}")
-    return values
-
-
-def read_vectors(path: str | os.PathLike) -> Vectors:
+def read_vectors(path: str | os.PathLike, *, empty: bool = False) -> Vectors:
     """The vectors of a file as (texts or None, array (N, D) of float16, float32 or float64); .npy is memory-mapped.
 
     .safetensors: its only matrix, or the one named "vectors" or "embeddings". .parquet: column "vector" (lists of one
     length) and, where there is one, column "text". Errors (InputError): unknown suffix, not a matrix of floats, NaN or
-    infinity (the row is named), no rows.
+    infinity (the row is named), no rows unless `empty`.
     """
     kind = suffix(path)
     if kind not in VECTOR_FORMATS:
@@ -252,20 +202,31 @@ def read_vectors(path: str | os.PathLike) -> Vectors:
     existing(path)
     texts = None
     if kind == ".npy":
-        try:
-            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"{path}: not a readable .npy file ({error})") from None
+        vectors = load_npy(path)
     elif kind == ".safetensors":
         vectors = _safetensors_matrix(path)
     else:
-        texts, vectors = _parquet_vectors(path)
+        vectors = list(parquet.vectors(path))
+        vectors = np.concatenate(vectors) if vectors else np.zeros((0, 1), np.float32)
+        if "text" in parquet.types(path):
+            texts = [text for batch in parquet.batches(path, ["text"]) for text in batch.column("text").to_pylist()]
     if vectors.ndim != 2 or vectors.dtype not in (np.float16, np.float32, np.float64):
         raise InputError(f"{path}: expected a float matrix (N, D); got {vectors.dtype} of shape {vectors.shape}")
-    if len(vectors) == 0:
+    if len(vectors) == 0 and not empty:
         raise InputError(f"{path}: holds no rows")
     check_finite(str(path), vectors)
     return Vectors(texts, vectors)
+
+
+def load_npy(path: str | os.PathLike) -> np.ndarray:
+    """The array of a .npy file, memory-mapped."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(array, np.ndarray):
+            return array
+        raise ValueError("several arrays, as .npz holds")
+    except (ValueError, EOFError, OSError, SyntaxError, TokenError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable .npy file ({error})") from None
 
 
 def check_finite(name: str, vectors: np.ndarray, first_row: int = 0) -> None:
@@ -289,31 +250,6 @@ def _safetensors_matrix(path) -> np.ndarray:
             return file.get_tensor(chosen[0])
     except safetensors.SafetensorError as error:
         raise InputError(f"{path}: not a readable .safetensors file ({error})") from None
-
-
-def _parquet_vectors(path) -> Vectors:
-    import pyarrow as pa
-
-    file = _parquet(path)
-    _column(path, file, "vector")
-    kind = file.schema_arrow.field("vector").type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise InputError(f"{path}: column 'vector' must hold lists of floats, got {kind}")
-    with _reading_parquet(path):
-        table = file.read(columns=[name for name in ("text", "vector") if name in file.schema_arrow.names])
-        texts = table.column("text").to_pylist() if "text" in table.column_names else None
-    column = table.column("vector").combine_chunks()
-    lengths = np.asarray(column.value_lengths().fill_null(-1)) if len(column) else np.zeros(0, np.int64)
-    bad = np.flatnonzero(lengths != lengths[0]) if len(lengths) else []
-    if len(bad) or (len(lengths) and lengths[0] < 1):
-        row = int(bad[0]) if len(bad) else 0
-        raise InputError(f"{path}: row {row}: a vector of length {lengths[row]}; expected {max(int(lengths[0]), 1)}")
-    flat = column.flatten()
-    if flat.null_count:
-        row = int(np.flatnonzero(np.asarray(flat.is_null()))[0]) // int(lengths[0])
-        raise InputError(f"{path}: row {row} holds a null; expected numbers")
-    vectors = flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)
-    return Vectors(texts, vectors)
 
 
 @contextmanager

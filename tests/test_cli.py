@@ -56,6 +56,9 @@ COMMANDS = [
     "encode",
     "index build",
     "index add",
+    "index remove",
+    "index compact",
+    "index export",
     "index info",
     "index verify",
     "search",
@@ -212,7 +215,7 @@ def test_index_and_search(run, tmp_path, corpus, tiny_bert):
     assert facts["encoder"] == Encoder.from_pretrained(tiny_bert).fingerprint
     assert "count" in run("index", "info", index)[1]
     assert run("index", "verify", index)[0] == 0
-    (segment,) = index.glob("segment-*")
+    segment = min(index.glob("segment-*"))
     content = bytearray(segment.read_bytes())
     content[-70] ^= 4
     segment.write_bytes(content)
@@ -264,6 +267,111 @@ def test_index_of_vectors(run, tmp_path):
     fails(run(*build, tmp_path / "v.npy"), 2, "v.npy: row 11 holds NaN")
     fails(run(*build, tmp_path / "v.npy", "--ids-field", "id"), 2, "--ids-field")
     assert len(Index.open(tmp_path / "i")) == 120
+
+
+def test_index_of_other_files(run, tmp_path):
+    index, vectors = tmp_path / "i", np.random.default_rng().normal(size=(120, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.save(tmp_path / "v.npy", vectors)
+    (tmp_path / "v.ids.json").write_text(json.dumps([f"n{i}" for i in range(120)]))
+    assert run("index", "build", index, tmp_path / "v.npy", "--rotate")[0] == 0
+    assert Index.open(index).search(vectors[:2], 1)[1].tolist() == [["n0"], ["n1"]]
+    assert Index.open(index).rotates
+    for kind in ("faiss", "parquet", "safetensors", "npy"):
+        out = tmp_path / f"out.{kind}"
+        code, printed, err = run("index", "export", index, out)
+        assert (code, printed) == (0, f"{out}\n")
+        assert "120 vectors, float32" in err
+        ids = ["--ids-field", "id"] if kind == "parquet" else []
+        assert run("index", "build", tmp_path / "again", out, "--precision", "float32", *ids)[0] == 0
+        again = Index.open(tmp_path / "again")
+        np.testing.assert_array_equal(again.vectors_at(again.rows()), Index.open(index).vectors_at(np.arange(120)))
+        assert again.ids_at(again.rows())[5] == "n5"
+    assert run("index", "export", index, tmp_path / "bits.faiss", "--precision", "ubinary")[0] == 0
+    build = ["index", "build", tmp_path / "bits", tmp_path / "bits.faiss"]
+    fails(run(*build), 2, "bits.faiss: holds bits only; choose precision ubinary")
+    assert run(*build, "--precision", "ubinary", "--rescore", "none")[0] == 0
+    (tmp_path / "bits.ids.json").write_text(json.dumps([f"m{i}" for i in range(120)]))
+    assert run("index", "add", tmp_path / "bits", tmp_path / "bits.faiss")[0] == 0
+    assert len(Index.open(tmp_path / "bits")) == 240
+    fails(run("index", "export", index, tmp_path / "v.bin"), 2, "unknown vector format '.bin'")
+    fails(run("index", "export", index, tmp_path / "v.npy", "--precision", "float23"), 2, "did you mean 'float32'")
+    (tmp_path / "v.faiss").write_bytes(b"IxFIshort")
+    fails(run("index", "build", tmp_path / "j", tmp_path / "v.faiss"), 2, "v.faiss: not a readable FAISS file")
+    assert not (tmp_path / "j").exists()
+
+
+def test_index_of_no_vectors(run, tmp_path):
+    np.save(tmp_path / "v.npy", np.zeros((0, 12), np.float32))
+    assert run("index", "build", tmp_path / "i", tmp_path / "v.npy")[0] == 0
+    assert (len(Index.open(tmp_path / "i")), Index.open(tmp_path / "i").width) == (0, 12)
+    assert run("index", "add", tmp_path / "i", tmp_path / "v.npy")[0] == 0
+    code, _, _ = run("index", "export", tmp_path / "i", tmp_path / "out.npy")
+    assert (code, np.load(tmp_path / "out.npy").shape) == (0, (0, 12))
+
+
+def test_index_with_ranges(run, tmp_path):
+    vectors = 3 * np.eye(12, dtype=np.float32)
+    np.save(tmp_path / "v.npy", vectors)
+    build = ["index", "build", tmp_path / "i", tmp_path / "v.npy"]
+    fails(run(*build), 2, "row 0 has norm 3", "give ranges=calibrate")
+    np.save(tmp_path / "r.npy", np.stack([np.full(12, -3.0), np.full(12, 3.0)]))
+    assert run(*build, "--ranges", tmp_path / "r.npy")[0] == 0
+    index = Index.open(tmp_path / "i")
+    assert index.search(vectors, 1)[1][:, 0].tolist() == list(range(12))
+    np.save(tmp_path / "r.npy", np.zeros((2, 11)))
+    fails(run(*build, "--ranges", tmp_path / "r.npy"), 2, "ranges: expected shape (2, 12)")
+    fails(run(*build, "--ranges", tmp_path / "r.txt"), 2, "--ranges: ", "r.txt is no .npy file")
+    fails(run(*build, "--ranges", tmp_path / "none.npy"), 2, "none.npy: no such file")
+    fails(run(*build, "--ranges", tmp_path / "r.npy", "--precision", "binary"), 2, "ranges: an index of binary has no")
+
+
+def test_remove_and_compact(run, tmp_path):
+    vectors = np.eye(12, dtype=np.float32)
+    numbered, named = tmp_path / "numbered", tmp_path / "named"
+    Index.build(numbered, vectors)
+    index = Index.build(named, vectors[:6], ids=[f"n{i}" for i in range(6)])
+    index.add(vectors[6:], ids=[f"n{i}" for i in range(6, 12)])
+    code, out, err = run("index", "remove", numbered, 3, "5")
+    assert (code, out) == (0, "")
+    assert "2 vectors removed, 10 left" in err
+    assert run("index", "remove", named, "-", "n11", stdin=b"n1\nn8\n")[0] == 0
+    assert Index.open(named).ids_at(Index.open(named).rows()).tolist() == [
+        f"n{i}" for i in (0, 2, 3, 4, 5, 6, 7, 9, 10)
+    ]
+    fails(run("index", "remove", named, "n0", "n1"), 2, "ids: 'n1' is not in the index")
+    fails(run("index", "remove", numbered, "seven"), 2, "ID: 'seven' is no whole number")
+    fails(run("index", "remove", numbered), 2, "ID")
+    assert len(Index.open(named)) == 9
+    code, out, err = run("index", "compact", named)
+    assert (code, out) == (0, "")
+    assert "2 segments became 1" in err
+    assert run("index", "verify", named) == (0, f"{named}: 9 vectors, as written\n", "")
+    fails(run("index", "compact", named, "--smaller-than", 0), 2, "smaller_than: expected an int >= 1")
+    fails(run("index", "compact", tmp_path / "none"), 2, "no index here")
+
+
+def test_encode_into_an_index(run, tmp_path, corpus, tiny_bert):
+    for out in (f"{tmp_path}/v1.index/", f"{tmp_path}/plain"):
+        code, printed, err = run("encode", tiny_bert, corpus, "-o", out, "--ids-field", "id", "--dim", 16)
+        assert (code, printed) == (0, f"{out}\n")
+        assert "6 vectors of width 16, int8, rescored float16" in err
+        assert Index.open(out).ids_at(np.arange(2)).tolist() == ["d0", "d1"]
+    again = ["encode", tiny_bert, corpus, "-o", tmp_path / "plain", "--ids-field", "id"]
+    assert run(*again, "--dim", 16)[0] == 0
+    source = json.loads(run("index", "info", tmp_path / "plain", "--json")[1])["source"]
+    assert (source["rows"], source["total"], source["ids_field"]) == (6, 6, "id")
+    assert re.search(r"source total +6\n", run("index", "info", tmp_path / "plain")[1])
+    assert run("search", tmp_path / "plain", tiny_bert, "python", "--dim", 8)[0] == 0
+    fails(run("search", tmp_path / "plain", tiny_bert, "python", "--dim", 17), 2, "dim: expected an int from 1 to 16")
+    fails(run(*again), 2, "width: ", "was begun with width 16, not 32")
+    fails(
+        run("encode", tiny_bert, "-", "-o", tmp_path / "j", stdin=b"a\n"), 2, "INPUT: an index is encoded from a file"
+    )
+    fails(run("encode", tiny_bert, corpus, "-o", tmp_path / "v.npy", "--ids-field", "id"), 2, "--ids-field: ")
+    fails(run("encode", tiny_bert, corpus, "-o", tmp_path / "j", "--rescore", "int4"), 2, "int4 is not finer")
+    fails(run("encode", tiny_bert, corpus, "-o", tmp_path / "j", "--dim", 33), 2, "33", "32")
+    assert not (tmp_path / "j").exists()
 
 
 def test_disk_full_keeps_the_index(run, tmp_path, monkeypatch):

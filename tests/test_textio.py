@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from leafkern import files, textio
+from leafkern import files, parquet, textio
 from leafkern.errors import InputError
 
 
@@ -63,6 +63,8 @@ def test_blocks_cover_the_file_in_order(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"a\.jsonl:2: no field 'text'; this line has 'body'"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 5}\n', r"a\.jsonl:2: field 'text' must be str, got int"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", b"[" * 20_000, r"a\.jsonl:1: not JSON"),
+        ("a.jsonl", b"7" * 5000, r"a\.jsonl:1: not JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}\n', r"a\.jsonl:2: field 'text' holds a lone surrogate"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1: expected a JSON object"),
         ("a.csv", b"x", r"unknown text format '\.csv'; expected one of \.txt"),
@@ -137,16 +139,6 @@ def test_other_peoples_vectors(tmp_path):
     np.testing.assert_allclose(textio.read_vectors(tmp_path / "a.parquet").vectors, vectors)
 
 
-def test_columns(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"id": [3, None], "name": ["a", "b"]}), path)
-    assert textio.read_column(path, "name") == ["a", "b"]
-    with pytest.raises(InputError, match="row 1: column 'id' must be str or int, got NoneType"):
-        textio.read_column(path, "id")
-    with pytest.raises(InputError, match="unknown name 'nam'; did you mean 'name'"):
-        textio.read_column(path, "nam")
-
-
 def test_bad_vectors(tmp_path):
     def refused(name, message):
         with pytest.raises(InputError, match=message):
@@ -188,7 +180,7 @@ def test_damaged_parquet_pages(tmp_path):
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     content[4:footer] = b"\xff" * (footer - 4)
     path.write_bytes(content)
-    for read in (textio.read_texts, textio.read_vectors, lambda path: textio.read_column(path, "text")):
+    for read in (textio.read_texts, textio.read_vectors, lambda path: list(parquet.column(path, "text", pa.string()))):
         with pytest.raises(InputError, match=r"a\.parquet: not a readable parquet file \(.+\)"):
             read(path)
 

@@ -10,12 +10,12 @@ what they have mapped stays.
 import os
 import uuid
 import warnings
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from leafkern.errors import InputError
@@ -34,7 +34,7 @@ from leafkern.index.manifest import (
 )
 from leafkern.index.reader import Candidates, Snapshot, levels_of
 from leafkern.index.segment import Column
-from leafkern.index.vectors import Rows, check_texts, checked_source, float32, matrix, random_rotation
+from leafkern.index.vectors import Rows, checked_source, checked_texts, float32, matrix, random_rotation
 from leafkern.textio import check_finite
 
 __all__ = ["PRECISIONS", "RESCORE_PRECISIONS", "ClippedWarning", "Index"]
@@ -95,7 +95,7 @@ class Index:
         rescore: str | None = "float16",
         encoder: object = None,
         prompt: str | None = None,
-        texts: Sequence[str] | None = None,
+        texts: object = None,
         width: int | None = None,
         ranges: object = None,
         rotate: bool | int = False,
@@ -105,6 +105,7 @@ class Index:
 
         vectors: numpy or torch (N, D), or an iterable of such blocks (which are kept on disk meanwhile); N may be 0.
         ids: N different int64 or strings; None numbers the rows from 0. texts: N strings that `texts_at` gives back.
+        Arrow arrays of either are not copied.
         precision: of the codes scanned; rescore: of the codes that the best candidates are scored with again, finer, or
         None. An index of float32 or float16 needs none: there "float16", the default, means None.
         ranges: numpy or torch (2, D) for the int8 and int4 codes, as `calibrate` gives them; values outside are
@@ -155,7 +156,7 @@ class Index:
             make_folder(path)
             with Rows(vectors, path, width, ranges) as rows:
                 manifest["width"] = rows.width
-                index._check_new(rows, texts)
+                texts = index._checked_new(rows, texts)
                 index._check_ranges(rows, ranges, rotate)
                 new_ids = writer.new_ids(index._state, rows.count, ids)
                 with writer.changing(path, manifest, anew=True) as change:
@@ -217,7 +218,19 @@ class Index:
     def info(self) -> dict:
         """What the manifest says, with the bytes on disk and the bytes per vector of codes and of rescoring codes."""
         manifest = self._state.manifest
-        kept = ("format", "version", "count", "width", "precision", "rescore", "ids", "texts", "encoder", "prompt")
+        kept = (
+            "format",
+            "version",
+            "count",
+            "width",
+            "precision",
+            "rescore",
+            "ids",
+            "texts",
+            "encoder",
+            "prompt",
+            "source",
+        )
         sizes = {f"bytes_per_vector_{level}": code_bytes(p, self.width) for level, p in levels_of(manifest).items()}
         entries = [entry for _, entry in self._state.files()]
         return (
@@ -375,7 +388,7 @@ class Index:
         vectors: object,
         ids: object = None,
         *,
-        texts: Sequence[str] | None = None,
+        texts: object = None,
         encoder: object = None,
         prompt: str | None = None,
         source: dict | None = None,
@@ -392,7 +405,7 @@ class Index:
         state, source = self._state, checked_source(source)
         with Rows(vectors, self.path, self.width) as rows:
             self.require(width=rows.width)
-            self._check_new(rows, texts)
+            texts = self._checked_new(rows, texts)
             rows.rotation = state.rotation
             new_ids = writer.new_ids(state, rows.count, ids)
             if rows.count == 0 and source is None:
@@ -447,9 +460,10 @@ class Index:
                 writer.clean(self.path)
         return old
 
-    def _check_new(self, rows: Rows, texts: Sequence[str] | None) -> None:
-        check_texts(texts, rows.count, self.has_texts)
+    def _checked_new(self, rows: Rows, texts: object) -> pa.ChunkedArray | None:
+        texts = checked_texts(texts, rows.count, self.has_texts)
         rows.check_finite()
+        return texts
 
     def _check_ranges(self, rows: Rows, ranges: object, rotate: bool | int) -> None:
         if ranges is None:

@@ -1,5 +1,6 @@
 """The manifest of an index: what is in it, and how it is read and checked."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from leafkern.errors import DamagedFileError, InputError, unknown_name
 from leafkern.files import TEMPORARY, read_json
 from leafkern.ops.quantization import code_width
+from leafkern.textio import is_unicode
 
 FORMAT = "leafkern-index"
 VERSION = 1
@@ -101,6 +103,8 @@ def read_manifest(path: Path) -> dict:
     if manifest.get("version") != VERSION:
         raise InputError(f"{file}: format version {manifest.get('version')!r}; this leafkern reads version {VERSION}")
     _check_types(file, manifest, _TYPES)
+    if not is_unicode(json.dumps(manifest, ensure_ascii=False)):
+        raise DamagedFileError(f"{file}: holds a lone surrogate, which is no valid Unicode text")
     precision, rescore = manifest["precision"], manifest["rescore"]
     if precision not in PRECISIONS or rescore not in (None, *RESCORE_PRECISIONS):
         raise DamagedFileError(f"{file}: unknown precision {precision!r}, rescore {rescore!r}")

@@ -115,13 +115,19 @@ def open_mapped(
     return tensors
 
 
-def string_columns(name: str, strings: pa.LargeStringArray) -> dict[str, Column]:
-    """The two columns that hold `strings`."""
-    _, offsets, data = strings.buffers()
-    ends = np.zeros(1, np.int64) if offsets is None else np.frombuffer(offsets, np.int64)
-    ends = ends[strings.offset : strings.offset + len(strings) + 1]
-    content = np.zeros(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)[ends[0] : ends[-1]]
-    return {f"{name}_ends": Column.of(ends - ends[0]), f"{name}_bytes": Column.of(content)}
+def string_columns(name: str, strings: pa.LargeStringArray | pa.ChunkedArray) -> dict[str, Column]:
+    """The two columns that hold `strings`: views of them, but for the ends of several chunks."""
+    chunks = strings.chunks if isinstance(strings, pa.ChunkedArray) else [strings]
+    ends, contents, total = [np.zeros(1, np.int64)], [np.zeros(0, np.uint8)], 0
+    for chunk in filter(len, chunks):
+        _, offsets, data = chunk.buffers()
+        inside = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+        content = np.zeros(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)
+        contents.append(content[inside[0] : inside[-1]])
+        ends.append(inside[1:] - inside[0] + total)
+        total += len(contents[-1])
+    size = np.dtype(np.uint8), (total,)
+    return {f"{name}_ends": Column.of(np.concatenate(ends)), f"{name}_bytes": Column(*size, contents)}
 
 
 def string_expected(name: str, rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...] | None]]:

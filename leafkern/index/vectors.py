@@ -3,11 +3,12 @@
 import json
 import numbers
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from leafkern.errors import InputError
@@ -142,9 +143,14 @@ class Rows:
 
 
 def id_array(ids: object) -> pa.Array:
-    """`ids`, integers of 64 bits or strings, as an Arrow array of int64 or large_string."""
+    """`ids`, integers of 64 bits or strings, or an Arrow array of them, as an Arrow array of int64 or large_string."""
     if isinstance(ids, torch.Tensor):
         ids = ids.cpu().numpy()
+    if isinstance(ids, pa.Array | pa.ChunkedArray):
+        ids = pa.chunked_array([ids] if isinstance(ids, pa.Array) else ids.chunks, ids.type).combine_chunks()
+        if ids.null_count == 0 and (pa.types.is_int64(ids.type) or pa.types.is_large_string(ids.type)):
+            return ids
+        ids = ids.to_pylist()
     if isinstance(ids, str) or not isinstance(ids, Iterable):
         raise InputError(f"ids: expected a sequence of int or str, got {type(ids).__name__}")
     if isinstance(ids, np.ndarray) and ids.ndim != 1:
@@ -162,25 +168,45 @@ def id_array(ids: object) -> pa.Array:
         raise InputError(f"ids: {error}") from None
 
 
-def check_texts(texts: Sequence[str] | None, count: int, kept: bool) -> None:
-    """Refuses texts for `count` vectors that an index, which keeps texts or doesn't, can't take."""
+def check_distinct(ids: pa.Array) -> None:
+    """Refuses ids of which one is given twice."""
+    if len(ids.unique()) != len(ids):
+        counted = pc.value_counts(ids)
+        twice = counted.field("values").filter(pc.greater(counted.field("counts"), 1))
+        raise InputError(f"ids: {twice[0].as_py()!r} is given more than once ({len(twice)} such ids)")
+
+
+def checked_texts(texts: object, count: int, kept: bool) -> pa.ChunkedArray | None:
+    """Texts for `count` vectors, of an index that keeps texts or doesn't, as an Arrow array of large_string.
+
+    texts: a sequence of str, an Arrow array of strings, which is not copied, or None.
+    """
     if kept and count and texts is None:
         raise InputError("texts: the index keeps texts; give one per vector")
-    if texts is not None and not kept:
+    if texts is None:
+        return None
+    if not kept:
         raise InputError("texts: the index was built without texts; build it anew to keep them")
-    if texts is not None and len(texts) != count:
+    if len(texts) != count:
         raise InputError(f"texts: {len(texts)} for {count} vectors; expected one each")
-    for row, text in enumerate(() if texts is None else texts):
+    if isinstance(texts, pa.Array | pa.ChunkedArray):
+        if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)) or texts.null_count:
+            raise InputError(f"texts: expected strings without nulls, got {texts.null_count} nulls in {texts.type}")
+        return (pa.chunked_array([texts]) if isinstance(texts, pa.Array) else texts).cast(pa.large_string())
+    for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"texts: row {row} is {type(text).__name__}, not str")
         if not is_unicode(text):
             raise InputError(f"texts: row {row} holds a lone surrogate, which is no valid Unicode text")
+    return pa.chunked_array([pa.array(texts, pa.large_string())])
 
 
 def checked_source(source: object) -> dict | None:
     """`source`, None or a dict that JSON gives back as it was."""
     try:
-        if source is None or (isinstance(source, dict) and json.loads(json.dumps(source)) == source):
+        if source is None or (
+            isinstance(source, dict) and json.loads(json.dumps(source, ensure_ascii=False).encode()) == source
+        ):
             return source
     except (TypeError, ValueError):
         pass

@@ -3,7 +3,7 @@ the index as it was or as it was to be.
 """
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from leafkern.index import segment as segments
 from leafkern.index.manifest import MANIFEST, code_dtype, data_files, is_data, read_manifest
 from leafkern.index.reader import Segment, Snapshot, levels_of, ranges_of
 from leafkern.index.segment import Column
-from leafkern.index.vectors import Rows, id_array
+from leafkern.index.vectors import Rows, check_distinct, id_array
 from leafkern.ops import quantize
 from leafkern.ops.quantization import code_width
 
@@ -100,10 +100,7 @@ def new_ids(snapshot: Snapshot, count: int, ids: object) -> pa.Array:
         raise InputError(f"ids: {len(ids)} for {count} vectors; expected one each")
     if has is not None and count and _kind(ids) != has:
         raise InputError(f"ids: the index has {has} ids, got {ids[0].as_py()!r}")
-    if len(ids.unique()) != count:
-        counted = pc.value_counts(ids)
-        twice = counted.field("values").filter(pc.greater(counted.field("counts"), 1))
-        raise InputError(f"ids: {twice[0].as_py()!r} is given more than once ({len(twice)} such ids)")
+    check_distinct(ids)
     if count == 0 or (has == "int64" and pc.min(ids).as_py() >= next_id and next_id < _LARGEST_ID):
         return ids  # above all that are there
     again = [part.live_ids() for part in snapshot.segments]
@@ -118,14 +115,14 @@ def _kind(ids: pa.Array) -> str:
     return "int64" if pa.types.is_int64(ids.type) else "string"
 
 
-def append(change: _Change, parts: list[Segment], rows: Rows, ids: pa.Array, texts: Sequence[str] | None) -> None:
+def append(change: _Change, parts: list[Segment], rows: Rows, ids: pa.Array, texts: pa.ChunkedArray | None) -> None:
     """One more segment, of `rows`; their codes have the ranges of `parts`, if there are any."""
     if rows.count == 0:
         return
     manifest = change.manifest
     columns = _id_columns(ids)
     if manifest["texts"]:
-        columns |= segments.string_columns("text", pa.array(texts, pa.large_string()))
+        columns |= segments.string_columns("text", texts)
     frozen = ranges_of(parts[:1])
     for level, precision in levels_of(manifest).items():
         ranges = None
@@ -176,6 +173,8 @@ def find(snapshot: Snapshot, ids: object) -> list[np.ndarray]:
     if sum(int(hits.sum()) for hits in found) != len(ids):
         known = pa.chunked_array([part.live_ids() for part in snapshot.segments])
         missing = ids.filter(pc.invert(pc.is_in(ids, value_set=known)))
+        if len(missing) == 0:
+            raise DamagedFileError(f"{snapshot.folder}: some ids occur twice")
         raise InputError(f"ids: {missing[0].as_py()!r} is not in the index ({len(missing)} such ids)")
     return found
 
@@ -268,7 +267,7 @@ def _string_blocks(run: list[Segment], name: str) -> Iterator[dict[str, np.ndarr
             strings = segments.strings_of(part.tensors, name, piece, part.path)
             if kept is not None:
                 strings = strings.filter(pa.array(kept))
-            ends, content = (column.blocks[0] for column in segments.string_columns(name, strings).values())
+            ends, content = (column.blocks[-1] for column in segments.string_columns(name, strings).values())
             yield {"ends": ends[1:] + total, "bytes": content}
             total += len(content)
 

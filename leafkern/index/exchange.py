@@ -1,0 +1,276 @@
+"""Vectors from and to other tools' files: what `Index.build` and `add` take, and what an index gives back.
+
+.npy, .safetensors, .parquet (columns vector, text and one of ids) and FAISS's flat indexes (.faiss, .index). Files are
+mapped or read in blocks: memory holds a block and the ids. Ids that a format has no place for stand beside it:
+"v.ids.npy" (int64) or "v.ids.json" (strings) beside "v.npy".
+"""
+
+import json
+import mmap
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from leafkern import parquet
+from leafkern.errors import InputError, unknown_name
+from leafkern.files import TEMPORARY, atomic_file, existing
+from leafkern.index import Index, faiss_flat
+from leafkern.ops import quantize
+from leafkern.textio import (
+    BLOCK_ROWS,
+    VECTOR_FORMATS,
+    check_finite,
+    is_unicode,
+    is_vector_file,
+    load_npy,
+    read_vectors,
+    suffix,
+    vector_writer,
+)
+
+Progress = Callable[[str, int, int], None]
+
+EXPORT_FORMATS = (*VECTOR_FORMATS, ".faiss")
+EXPORT_PRECISIONS = ("float32", "float16", "ubinary")
+
+_IDS_BESIDE = (".ids.npy", ".ids.json")  # int64, strings
+
+
+class Source(NamedTuple):
+    """What `Index.build` takes, by the same names.
+
+    vectors: a mapped matrix, or an iterator of blocks. ids, texts: Arrow arrays, or None. width: None: not known yet.
+    """
+
+    vectors: np.ndarray | Iterator[np.ndarray]
+    ids: pa.Array | None
+    texts: pa.ChunkedArray | None
+    width: int | None
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+def holds_vectors(path: str | os.PathLike) -> bool:
+    """Whether `read` takes this file: one of vectors, not of texts."""
+    return suffix(path) in faiss_flat.SUFFIXES or is_vector_file(path)
+
+
+def read(
+    path: str | os.PathLike,
+    *,
+    ids_field: str | None = None,
+    texts: bool = True,
+    binary: bool = False,
+    folder: str | os.PathLike | None = None,
+) -> Source:
+    """The vectors of a file with their ids and texts, for an index: `Index.build(path, **read(file)._asdict())`.
+
+    ids_field: the column of a .parquet file that holds ids. texts: whether to read its column "text", where it has one;
+    texts go through a temporary file in `folder`.
+    binary: the index keeps bits and nothing finer. An IndexBinaryFlat can't become another: its bits, in the order of
+    numpy.packbits and sentence-transformers, come as vectors of 1 and -1.
+    Errors (InputError): an unknown suffix, a file that is damaged or holds something else, NaN or infinity (row named).
+    """
+    kind = suffix(existing(path))
+    if kind == ".parquet":
+        ids = None if ids_field is None else _id_column(path, ids_field)
+        kept = _spooled_texts(path, folder) if texts and "text" in parquet.types(path) else None
+        return Source(_checked_blocks(path), ids, kept, parquet.vector_width(path))
+    if ids_field is not None:
+        raise InputError(f"--ids-field: {path} has no fields; only .parquet keeps ids beside vectors")
+    if kind not in faiss_flat.SUFFIXES:
+        vectors = read_vectors(path, empty=True).vectors
+        return Source(vectors, _ids_beside(path, len(vectors)), None, vectors.shape[1])
+    file = faiss_flat.read(path)
+    ids = _ids_beside(path, len(file.vectors)) if file.ids is None else pa.array(np.array(file.ids, np.int64))
+    if file.binary:
+        if not binary:
+            raise InputError(f"{path}: holds bits only; choose precision ubinary (or binary) and no rescoring")
+        return Source(_signs(file.vectors), ids, None, 8 * file.vectors.shape[1])
+    check_finite(str(path), file.vectors)
+    if file.l2:
+        _check_lengths(path, file.vectors)
+    return Source(file.vectors, ids, None, file.vectors.shape[1])
+
+
+def _checked_blocks(path: str | os.PathLike) -> Iterator[np.ndarray]:
+    start = 0
+    for block in parquet.vectors(path):
+        if block.dtype.kind != "f":
+            raise InputError(f"{path}: column 'vector' must hold lists of floats, got {block.dtype}")
+        check_finite(str(path), block, start)
+        yield block
+        start += len(block)
+
+
+def _signs(codes: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(codes), BLOCK_ROWS):
+        yield np.unpackbits(codes[start : start + BLOCK_ROWS], axis=1).astype(np.float32) * 2 - 1
+
+
+def _check_lengths(path: str | os.PathLike, vectors: np.ndarray) -> None:
+    """Warns where distance and dot product rank differently: between vectors of different lengths."""
+    low, high = np.inf, 0.0
+    for start in range(0, len(vectors), BLOCK_ROWS):
+        lengths = np.linalg.norm(vectors[start : start + BLOCK_ROWS], axis=1)
+        low, high = min(low, lengths.min()), max(high, lengths.max())
+    if low < 0.99 * high:
+        warnings.warn(
+            f"{path}: an IndexFlatL2 of vectors from {low:.3g} to {high:.3g} long; the index ranks by dot product, "
+            "which is the order by distance only where all are equally long",
+            stacklevel=3,
+        )
+
+
+def _id_column(path: str | os.PathLike, name: str) -> pa.Array:
+    """A column of integers or strings."""
+    kind = parquet.type_of(path, name)
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise InputError(f"{path}: column {name!r} must hold integers or strings, got {kind}")
+    kind = pa.int64() if pa.types.is_integer(kind) else pa.large_string()
+    return pa.chunked_array(parquet.column(path, name, kind), kind).combine_chunks()
+
+
+def _spooled_texts(path: str | os.PathLike, folder: str | os.PathLike | None) -> pa.ChunkedArray:
+    """The column "text", mapped from an Arrow file without a name, which goes with the array."""
+    schema = pa.schema([("text", pa.large_string())])
+    with tempfile.TemporaryFile(prefix=TEMPORARY, dir=folder) as file:
+        with pa.ipc.new_file(file, schema) as writer:
+            for column in parquet.column(path, "text", pa.large_string()):
+                writer.write_batch(pa.record_batch([column], schema=schema))
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return pa.ipc.open_file(pa.py_buffer(mapped)).read_all().column("text")
+
+
+def _ids_beside(path: str | os.PathLike, count: int) -> pa.Array | None:
+    """The ids that stand beside a file of `count` vectors; None where none do."""
+    found = [file for end in _IDS_BESIDE if (file := Path(path).with_suffix(end)).exists()]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise InputError(f"{path}: both {found[0].name} and {found[1].name} stand beside it; remove one")
+    (file,) = found
+    if file.suffix == ".npy":
+        ids, kind = load_npy(file), pa.int64()
+        fits = ids.ndim == 1 and ids.dtype.kind == "i"
+    else:
+        try:
+            ids, kind = json.loads(file.read_bytes()), pa.large_string()
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{file}: not readable as JSON ({error})") from None
+        fits = isinstance(ids, list) and all(isinstance(each, str) and is_unicode(each) for each in ids)
+    if not fits:
+        raise InputError(f"{file}: expected a list of ids, integers in .npy or strings in .json")
+    kept = pa.array(ids, kind)
+    if len(kept) != count:
+        raise InputError(f"{file}: {len(kept)} ids for the {count} vectors of {path}; expected one each")
+    return kept
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+
+
+def export(
+    index: Index,
+    path: str | os.PathLike,
+    *,
+    precision: str = "float32",
+    progress: Progress = lambda what, done, total: None,
+) -> int:
+    """Writes the vectors of an index to a file, atomically and in order of insertion; their number.
+
+    The vectors are decoded from the finest codes that the index keeps: those for rescoring, where there are some.
+    precision: float32; float16 (not .faiss); ubinary: bits, to .npy, .safetensors or, as an IndexBinaryFlat, .faiss.
+    .parquet: columns id, vector and, where the index keeps them, text. .faiss: IndexFlatIP, in an IndexIDMap where ids
+    are integers other than 0, 1, 2, ... Ids without a place in the format stand beside the file.
+    """
+    path, kind = Path(path), suffix(path)
+    if precision not in EXPORT_PRECISIONS:
+        raise unknown_name("precision", precision, EXPORT_PRECISIONS)
+    if kind not in EXPORT_FORMATS:
+        raise InputError(f"{path}: unknown vector format {kind!r}; expected one of {', '.join(EXPORT_FORMATS)}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist")
+    if (kind, precision) in ((".parquet", "ubinary"), (".faiss", "float16")):
+        raise InputError(f"precision: {kind} holds no {precision} vectors; write {path.stem}.npy")
+    if kind == ".faiss" and precision == "ubinary" and index.width % 8:
+        raise InputError(f"precision: FAISS takes multiples of 8 bits, the index has {index.width}; write .npy")
+    if kind == ".parquet":
+        with atomic_file(path) as temporary:
+            _write_parquet(index, temporary, precision, progress)
+        return len(index)
+    ids = index.ids_at(index.rows())
+    mapped = None
+    with ExitStack() as stack:
+        if kind != ".faiss" or ids.dtype == object:
+            beside = path.with_suffix(_IDS_BESIDE[ids.dtype == object])
+            _write_ids(stack.enter_context(atomic_file(beside)), ids)
+        elif not np.array_equal(ids, np.arange(len(ids))):
+            mapped = ids
+        blocks = (_coded(index, rows, precision) for rows in _row_blocks(index, progress))
+        if kind == ".faiss":
+            with atomic_file(path) as temporary, open(temporary, "wb") as stream:
+                binary = precision == "ubinary"
+                faiss_flat.write(stream, len(index), index.width, blocks, mapped, binary=binary)
+                _remove_ids(path)
+        else:
+            with vector_writer(path, {"precision": precision}) as writer:
+                for block in blocks:
+                    writer.add(block)
+                _remove_ids(path)
+    return len(index)
+
+
+def _row_blocks(index: Index, progress: Progress) -> Iterator[np.ndarray]:
+    """The numbers of the rows in blocks, of which there is at least one."""
+    rows = index.rows()
+    for start in range(0, max(1, len(rows)), BLOCK_ROWS):
+        yield rows[start : start + BLOCK_ROWS]
+        progress("exporting", min(start + BLOCK_ROWS, len(rows)), len(rows))
+
+
+def _coded(index: Index, rows: np.ndarray, precision: str) -> np.ndarray:
+    """The vectors of `rows` in an export's precision."""
+    return quantize(torch.from_numpy(index.vectors_at(rows)), precision).codes.numpy()
+
+
+def _write_parquet(index: Index, path: Path, precision: str, progress: Progress) -> None:
+    """A row group per block."""
+    element = pa.float16() if precision == "float16" else pa.float32()
+    identity = pa.large_string() if index.info()["ids"] == "string" else pa.int64()
+    fields = {"id": identity, "vector": pa.list_(element, index.width)}
+    fields |= {"text": pa.large_string()} if index.has_texts else {}
+    schema = pa.schema(list(fields.items()))
+    with pq.ParquetWriter(path, schema) as writer:
+        for rows in _row_blocks(index, progress):
+            values = pa.array(_coded(index, rows, precision).reshape(-1), element)
+            columns = [pa.array(index.ids_at(rows), identity)]
+            columns += [pa.FixedSizeListArray.from_arrays(values, index.width)]
+            columns += [pa.array(index.texts_at(rows), pa.large_string())] if index.has_texts else []
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _write_ids(path: Path, ids: np.ndarray) -> None:
+    with open(path, "wb") as stream:
+        if ids.dtype == np.int64:
+            np.save(stream, ids)
+        else:
+            stream.write(json.dumps(ids.tolist(), ensure_ascii=False).encode())
+
+
+def _remove_ids(path: Path) -> None:
+    """Removes the ids of the file that is about to be replaced: vectors never stand beside others' ids."""
+    for end in _IDS_BESIDE:
+        path.with_suffix(end).unlink(missing_ok=True)
