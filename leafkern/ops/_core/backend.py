@@ -23,7 +23,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "relative": ("triton", "native", "reference"),
     "contrastive": ("triton", "native", "reference"),
     "quantization": ("reference",),
-    "retrieval": ("native", "reference"),
+    "retrieval": ("triton", "native", "reference"),
 }
 
 

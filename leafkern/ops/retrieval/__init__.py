@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from leafkern.errors import InputError
+from leafkern.ops._core import launch
 from leafkern.ops._core.backend import choose
 from leafkern.ops._core.checks import check_finite_rows, check_floating, check_same_device, check_tensor, values_checked
 from leafkern.ops._core.registration import register, without_autocast
@@ -18,6 +19,8 @@ MAX_ROWS = 1 << 32
 MAX_DIM = 1 << 18
 _BITS = {"int8": 8, "int4": 4, "binary": 1, "ubinary": 1}
 _PRECISION_OF = {8: "int8", 4: "int4", 1: "binary"}
+# Of Triton's kernels.
+_MOST_TRITON = 1024
 
 
 def _check_allowed(allowed: torch.Tensor | None, rows: int, device: torch.device) -> None:
@@ -48,14 +51,29 @@ def _check_integers(
     _check_allowed(allowed, len(codes), codes.device)
 
 
+def _candidates(
+    queries: torch.Tensor, rows: torch.Tensor, k: int, *dtypes: torch.dtype, native: Callable | None = None
+) -> dict[str, str | None]:
+    found = launch.candidates("retrieval", queries.device, *dtypes, native=native)
+    if found.get("triton", "") is None:
+        n, width = rows.shape
+        if min(k, n) > _MOST_TRITON:
+            found["triton"] = f"k = {min(k, n)}, above {_MOST_TRITON}"
+        elif width > 1 and rows.stride(1) != 1:
+            found["triton"] = "rows whose entries are not adjacent"
+    return found
+
+
 def _integer_search(
     u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, query_bits: int, allowed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_integers(u, codes, k, bits, query_bits, allowed)
-    candidates = {"reference": None}
-    if u.device.type == "cpu":
-        candidates = {"native": native.unsuited(u, codes, k, allowed), **candidates}
-    if choose("retrieval", candidates) == "native":
+    backend = choose("retrieval", _candidates(u, codes, k, native=lambda: native.unsuited(u, codes, k, allowed)))
+    if backend == "triton":
+        from leafkern.ops.retrieval import kernels
+
+        return kernels.search(u, codes, k, bits, query_bits, allowed)
+    if backend == "native":
         return native.search(u, codes, k, bits, query_bits)
     return reference.blocked(u, codes, k, bits, allowed)
 
@@ -129,7 +147,16 @@ def _check_fits(x: torch.Tensor, what: str) -> None:
 def _float_search(
     queries: torch.Tensor, base: torch.Tensor | Quantized, k: int, allowed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    choose("retrieval", {"reference": None})
+    values = base.codes if isinstance(base, Quantized) else base.detach()
+    scale = base.scale if isinstance(base, Quantized) else None
+    dtypes = () if values.dtype == torch.float8_e4m3fn else (values.dtype,)
+    if choose("retrieval", _candidates(queries, values, k, *dtypes)) == "triton":
+        from leafkern.ops.retrieval import kernels
+
+        scores, ids = kernels.float_search(queries, values, scale, k, allowed)
+        # What isn't finite comes first here; the reference names its row.
+        if not values_checked(scores) or not ((ids >= 0) & ~torch.isfinite(scores)).any():
+            return scores, ids
     rows: Callable
     if isinstance(base, Quantized) and base.precision == "fp8":
         codes, scale, _ = quantization.quantize(queries, "fp8", None)
@@ -138,7 +165,6 @@ def _float_search(
         def rows(start, stop):
             return base.codes[start:stop].float() * base.scale[start:stop, None]
     else:
-        values = base.codes if isinstance(base, Quantized) else base.detach()
 
         def rows(start, stop):
             return values[start:stop].float()

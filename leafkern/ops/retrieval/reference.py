@@ -16,8 +16,8 @@ from leafkern.ops.quantization.reference import unpack
 _BLOCK_ELEMENTS = 1 << 22
 _QUERY_BLOCK = 256
 _EXACT_COLUMNS = 2048
-_LAST_ID = (1 << 32) - 1  # no row's: there are fewer
-_NO_ROW = -(1 << 63)  # the key below every row's
+LAST_ID = (1 << 32) - 1  # no row's: there are fewer
+NO_ROW = -(1 << 63)  # the key below every row's
 
 
 def decode(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
@@ -37,19 +37,19 @@ def brute(
     return best[:, :k], ids.masked_fill(best == -torch.inf, -1)[:, :k]
 
 
-def _keys(scores: torch.Tensor, first_id: int) -> torch.Tensor:
+def keys_of(scores: torch.Tensor, first_id: int) -> torch.Tensor:
     """int64 keys, all different, in the order (score, then lower id); scores float32 or int32 (Q, n)."""
     if scores.dtype == torch.float32:
         # The bits of a float order as an integer once those of negative numbers are flipped; + 0.0 turns -0 into 0.
         bits = (scores + 0.0).view(torch.int32)
         scores = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     ids = torch.arange(first_id, first_id + scores.shape[1], device=scores.device)
-    return (scores.long() << 32) + (_LAST_ID - ids)
+    return (scores.long() << 32) + (LAST_ID - ids)
 
 
-def _from_keys(keys: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    none = keys == _NO_ROW
-    ids = (_LAST_ID - (keys & _LAST_ID)).masked_fill(none, -1)
+def from_keys(keys: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    none = keys == NO_ROW
+    ids = (LAST_ID - (keys & LAST_ID)).masked_fill(none, -1)
     scores = (keys >> 32).int()
     if dtype == torch.float32:
         scores = (scores ^ ((scores >> 31) & 0x7FFFFFFF)).view(torch.float32).masked_fill(none, -torch.inf)
@@ -74,13 +74,13 @@ def _streamed(
         block = rows(start, min(n, start + step))
         merged = []
         for part, kept in zip(queries.split(_QUERY_BLOCK), best.split(_QUERY_BLOCK)):
-            keys = _keys(score(part, block, start), start)
+            keys = keys_of(score(part, block, start), start)
             if allowed is not None:
-                keys.masked_fill_(~allowed[start : start + len(block)], _NO_ROW)
+                keys.masked_fill_(~allowed[start : start + len(block)], NO_ROW)
             keys = torch.cat([kept, keys.topk(min(k, keys.shape[1]), dim=1).values], dim=1)
             merged.append(keys.topk(min(k, keys.shape[1]), dim=1).values)
         best = torch.cat(merged) if merged else best.new_empty((0, min(k, best.shape[1] + len(block))))
-    return _from_keys(best, dtype)
+    return from_keys(best, dtype)
 
 
 def _exact_products(u: torch.Tensor, rows: torch.Tensor, start: int) -> torch.Tensor:
