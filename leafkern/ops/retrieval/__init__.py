@@ -23,6 +23,13 @@ _PRECISION_OF = {8: "int8", 4: "int4", 1: "binary"}
 _MOST_TRITON = 1024
 
 
+def _check_place(name: str, x: torch.Tensor, **queries: torch.Tensor) -> None:
+    (place,) = {each.device for each in queries.values()}
+    # CPU memory is searched from a GPU too.
+    if not (place.type == "cuda" and x.device.type == "cpu"):
+        check_same_device(**queries, **{name: x})
+
+
 def _check_allowed(allowed: torch.Tensor | None, rows: int, device: torch.device) -> None:
     if allowed is None:
         return
@@ -39,7 +46,7 @@ def _check_integers(
 ) -> None:
     check_tensor("u", u, ndim=2, dtypes=(torch.int8,))
     check_tensor("codes", codes, ndim=2, dtypes=(torch.int8, torch.uint8))
-    check_same_device(u=u, codes=codes)
+    _check_place("codes", codes, u=u)
     _check_count("k", k)
     if bits not in _PRECISION_OF or query_bits not in (1, 8):
         raise InputError(f"bits, query_bits: expected 8, 4 or 1 and 8 or 1; got {bits} and {query_bits}")
@@ -68,13 +75,13 @@ def _integer_search(
     u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, query_bits: int, allowed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_integers(u, codes, k, bits, query_bits, allowed)
-    backend = choose("retrieval", _candidates(u, codes, k, native=lambda: native.unsuited(u, codes, k, allowed)))
+    backend = choose("retrieval", _candidates(u, codes, k, native=lambda: native.unsuited(u, codes, k)))
     if backend == "triton":
         from leafkern.ops.retrieval import kernels
 
         return kernels.search(u, codes, k, bits, query_bits, allowed)
     if backend == "native":
-        return native.search(u, codes, k, bits, query_bits)
+        return native.search(u, codes, k, bits, query_bits, allowed)
     return reference.blocked(u, codes, k, bits, allowed)
 
 
@@ -118,7 +125,7 @@ def _check_level(name: str, level: object, queries: torch.Tensor) -> None:
         raise InputError(f"{name}: vectors of width {dim}, but the queries have width {queries.shape[1]}")
     if n >= MAX_ROWS:
         raise InputError(f"{name}: {n} rows; fewer than 2^32 are expected")
-    check_same_device(queries=queries, **{name: level.codes if isinstance(level, Quantized) else level})
+    _check_place(name, level.codes if isinstance(level, Quantized) else level, queries=queries)
 
 
 def _check_count(name: str, value: object) -> int:
@@ -180,10 +187,11 @@ def _first_stage(
     if base.dim >= MAX_DIM:
         raise InputError(f"base: width {base.dim}; below {MAX_DIM} is expected, where integer scores fit 32 bits")
     if base.precision in ("int8", "int4"):
-        w = queries * base.scale
+        scale, offset = base.scale.to(queries.device), base.offset.to(queries.device)
+        w = queries * scale
         _check_fits(w, "its products with the scale of the codes")
         u, a = fold(w)
-        bias = (queries * base.offset).sum(1)
+        bias = (queries * offset).sum(1)
     else:
         u, a = fold(queries)
         if query_bits == 1:
@@ -228,6 +236,9 @@ def search(
     allowed: bool Tensor (N,) on base's device: only rows where it is true are returned; None: all. Where fewer than
     min(k, N) are allowed, the rest has score -inf and id -1. Values of other rows do no harm.
 
+    Queries on a GPU may have base and rescore in CPU memory: a base goes over piece by piece, at the speed of the bus;
+    of a level, the candidates are gathered on the CPU, for which the host waits.
+
     base and rescore may be memory-mapped: they are read in blocks, never copied or checked as a whole. NaN or
     infinity in a float base or level shows in its scores and is an error then; codes are not checked.
 
@@ -235,7 +246,9 @@ def search(
     in queries (the row is named), `allowed` of another shape, dtype or device, query_bits other than None, 1, 8 or with
     a base that is not binary, N >= 2^32, and D >= 2^18 for integer scores (63*128*D must fit 32 bits).
 
-    Backends: native (CPU; int8, int4, binary; k, or oversample*k when rescoring, <= 2048), else the PyTorch reference.
+    Backends (k: oversample*k when rescoring): Triton (CUDA; int8, int4, fp8, binary, float32, float16, bfloat16; k <=
+    1024; float scores are those of float32, rows that tie to their rounding may come in another order); native (CPU;
+    int8, int4, binary; k <= 2048); else the PyTorch reference.
     """
     check_floating("queries", queries, ndim=2)
     if queries.shape[1] < 1:

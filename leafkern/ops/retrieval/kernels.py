@@ -18,7 +18,7 @@ Floats. The scan chooses tiles by scores that are nearly those of float32; the c
 so that every score returned is exact to its rounding, and a row can be missed only for one whose score is as good to a
 relative 2^-20 (fp8 rows: 2^-10) of the length of both vectors.
 
-Memory besides the result: WORKSPACE_BYTES, by taking the queries in blocks, or what one block of queries needs.
+Memory besides the result: WORKSPACE_BYTES, by taking the queries in blocks, or what 16 queries need.
 
 A base on another device than the queries (as CPU memory, mapped files too) comes in pieces: `streaming.py`.
 """
@@ -28,16 +28,17 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from leafkern.ops._core.cubin import Shipped
+from leafkern.ops._core.cubin import ARCHITECTURES, Shipped
 from leafkern.ops._core.launch import interpreting, multiprocessors, next_power_of_2, on_device, precision
 from leafkern.ops.quantization import reference as quantization
 from leafkern.ops.retrieval import reference, streaming
 from leafkern.ops.retrieval.device import bits_kernel, scan_kernel, score_kernel
 from leafkern.ops.retrieval.streaming import Base
 
-# Rows of a tile, and tiles of a group.
+# Rows of a tile, and tiles of a group; queries that are taken at once are a multiple of BLOCK.
 TILE = 128
 GROUP = 64
+BLOCK = 16
 WORKSPACE_BYTES = 256 << 20
 # Rows up to this width are compared by words of 32 bits, for as many counts of bits per word at most.
 WIDEST_WORDS = 1024
@@ -122,10 +123,15 @@ def search(
     cut = configure(form, 1, len(u), width)
     padded = _padded(u, cut)
     planes = None
-    if bits == 1 and width % 32 == 0 and width <= WIDEST_WORDS and len(u) * (1 if query_bits == 1 else 7) <= MOST_COUNTS:
+    if (
+        bits == 1
+        and width % 32 == 0
+        and width <= WIDEST_WORDS
+        and len(u) * (1 if query_bits == 1 else 7) <= MOST_COUNTS
+    ):
         planes = _planes(u, query_bits)
     queries = _Queries(len(u), width, cut, "ieee", padded[None], padded, planes=planes)
-    base = Base(codes if bits == 8 else codes.view(torch.uint8), form, flip, None, allowed)
+    base = Base(codes if bits == 8 else codes.view(torch.uint8), form, flip, None, _plain(allowed))
     return _search(queries, base, k, torch.int32)
 
 
@@ -153,12 +159,12 @@ def float_search(
         high = unit.to(rows.dtype)
         parts, how = torch.stack([high, (unit - high.float()).to(rows.dtype)]), "ieee"
     made = _Queries(len(queries), width, cut, how, parts, exact, factor)
-    return _search(made, Base(rows, "float", False, None, allowed), k, torch.float32)
+    return _search(made, Base(rows, "float", False, None, _plain(allowed)), k, torch.float32)
 
 
 def _fp8_search(queries, rows, scale, k, allowed):
     codes, factor, _ = quantization.quantize(queries, "fp8", None)
-    native = rows_native(queries.device)
+    native = _takes_fp8(queries.device)
     cut = configure("fp8", 1 if native else 2, len(queries), queries.shape[1])
     exact = _padded(codes.float(), cut)
     factor = torch.nn.functional.pad(factor, (0, len(exact) - len(factor)))
@@ -166,16 +172,23 @@ def _fp8_search(queries, rows, scale, k, allowed):
     wider = factor * FP8_FACTOR
     made = _Queries(len(queries), queries.shape[1], cut, "ieee", parts, exact, factor if native else wider, wider)
     rows = rows if native else rows.view(torch.uint8)
-    return _search(made, Base(rows, "fp8" if native else "fp8 bytes", False, scale, allowed), k, torch.float32)
+    base = Base(rows, "fp8" if native else "fp8 bytes", False, _plain(scale), _plain(allowed))
+    return _search(made, base, k, torch.float32)
 
 
-def rows_native(device: torch.device) -> bool:
+def _takes_fp8(device: torch.device) -> bool:
     """Whether the matrix units take e4m3 as it is."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def _plain(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _padded(x: torch.Tensor, cut: Cut) -> torch.Tensor:
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % cut.depth, 0, -x.shape[0] % cut.queries))
+    # Whichever multiple of BLOCK a program begins at, it has all its queries.
+    more = -x.shape[0] % BLOCK + cut.queries - BLOCK
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % cut.depth, 0, more))
 
 
 def _planes(u: torch.Tensor, query_bits: int) -> torch.Tensor:
@@ -190,8 +203,7 @@ def _planes(u: torch.Tensor, query_bits: int) -> torch.Tensor:
 
 
 def _search(queries: _Queries, base: Base, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    k = min(k, len(base))
-    device = queries.parts.device
+    k, device = min(k, len(base)), queries.parts.device
     if queries.number == 0 or k == 0:
         return reference.from_keys(torch.empty((queries.number, k), dtype=torch.int64, device=device), dtype)
     with on_device(queries.parts):
@@ -210,7 +222,7 @@ def _best_keys(queries: _Queries, base: Base, k: int, dtype: torch.dtype) -> tor
     whole = tiles <= 2 * GROUP * k
     each = tiles * (32 if whole else 8) + min(k, tiles) * (24 * GROUP + 24 * TILE)
     blocks = triton.cdiv(queries.number, max(1, WORKSPACE_BYTES // each))
-    step = queries.cut.queries * triton.cdiv(queries.number, blocks * queries.cut.queries)
+    step = BLOCK * triton.cdiv(queries.number, blocks * BLOCK)
     found = []
     for start in range(0, queries.number, step):
         maxima = _maxima(queries, base, start, min(step, queries.number - start), dtype)
@@ -347,7 +359,8 @@ def shipped() -> list[Shipped]:
 def _shipped(title: str, kernel, types: dict, constants: dict, options: dict) -> Shipped:
     constants = constants | {name: None for name, kind in types.items() if kind is None}
     types = {name: kind for name, kind in types.items() if kind is not None}
-    return Shipped("retrieval", title, kernel, types, constants, options, 1, title in TESTED)
+    takes_fp8 = ARCHITECTURES[1:] if "*fp8e4nv:16" in types.values() else ARCHITECTURES
+    return Shipped("retrieval", title, kernel, types, constants, options, 1, title in TESTED, takes_fp8)
 
 
 def _base_types(kind: str, width: int, allowed: bool) -> dict:

@@ -71,12 +71,12 @@ def _streamed(
     step = max(1, _BLOCK_ELEMENTS // max(dim, min(len(queries), _QUERY_BLOCK)))
     best = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
     for start in range(0, n, step):
-        block = rows(start, min(n, start + step))
+        block = rows(start, min(n, start + step)).to(queries.device)
         merged = []
         for part, kept in zip(queries.split(_QUERY_BLOCK), best.split(_QUERY_BLOCK)):
             keys = keys_of(score(part, block, start), start)
             if allowed is not None:
-                keys.masked_fill_(~allowed[start : start + len(block)], NO_ROW)
+                keys.masked_fill_(~allowed[start : start + len(block)].to(keys.device), NO_ROW)
             keys = torch.cat([kept, keys.topk(min(k, keys.shape[1]), dim=1).values], dim=1)
             merged.append(keys.topk(min(k, keys.shape[1]), dim=1).values)
         best = torch.cat(merged) if merged else best.new_empty((0, min(k, best.shape[1] + len(block))))
@@ -109,7 +109,7 @@ def blocked_float(
     def score(part: torch.Tensor, block: torch.Tensor, start: int) -> torch.Tensor:
         scores = part @ block.T
         if allowed is not None:
-            scores.masked_fill_(~allowed[start : start + len(block)], 0)
+            scores.masked_fill_(~allowed[start : start + len(block)].to(scores.device), 0)
         check(scores, start)
         return scores
 
@@ -127,7 +127,7 @@ def rescore(
     step = max(1, _BLOCK_ELEMENTS // max(1, ids.shape[1] * queries.shape[1]))
     scores = []
     for part, candidates in zip(queries.split(step), ids.split(step)):
-        gathered = level[candidates.flatten().clamp(min=0)]
+        gathered = level[candidates.flatten().clamp(min=0).to(level.device)].to(queries.device)
         rows = dequantize(gathered) if isinstance(gathered, Quantized) else gathered.float()
         # Row by row, unlike a matrix product: equal rows score equally wherever they stand.
         products = (rows.view(*candidates.shape, part.shape[1]) * part[:, None, :]).sum(2)
