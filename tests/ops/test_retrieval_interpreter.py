@@ -159,6 +159,17 @@ def test_equal_float_rows_in_order_of_ids(precision):
     assert ((ids[:, 1:] - ids[:, :-1]) == 5).all()
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dim", [33, 384])
+def test_fp8_with_and_without_matrix_units_for_it(monkeypatch, native, dim):
+    monkeypatch.setattr(kernels, "_takes_fp8", lambda device: native)
+    queries, base = torch.randn(3, dim), quantize(torch.randn(200, dim), "fp8")
+    scores, ids = search(queries, base, 30)
+    expected, expected_ids = reference.brute(dequantize(quantize(queries, "fp8")), dequantize(base), 30)
+    assert (scores - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert torch.equal(ids, expected_ids)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_what_is_not_finite_is_named(dtype, value):

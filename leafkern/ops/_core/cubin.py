@@ -156,8 +156,8 @@ def compile_shipped(item: Shipped, architecture: int) -> Compiled:
 
 
 def compile_all(items: Sequence[Shipped], workers: int | None = None) -> Iterator[Compiled]:
-    """Every one of `items`, all of them from `shipped()`, for each of its architectures, in order, on `workers` processes
-    (default: one per CPU)."""
+    """Every one of `items`, all of them from `shipped()`, for each of its architectures, in order, on `workers`
+    processes (default: one per CPU)."""
     jobs = [(item.operation, item.name, architecture) for item in items for architecture in item.architectures]
     # Spawned, not forked: torch has threads by now.
     with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:

@@ -59,7 +59,8 @@ def scan_kernel(
     ROWS: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The largest score of QUERIES queries in each of `share` tiles of ROWS rows. Queries are padded with zeros to whole
-    # blocks; PARTS of them add up to a query. RESIDENT: they are loaded once. A score of a float that isn't finite counts as infinite.
+    # blocks; PARTS of them add up to a query. RESIDENT: they are loaded once. Of floats, a score that isn't finite
+    # counts as infinite.
     i_block = tl.program_id(0) % query_blocks
     first = tl.program_id(0) // query_blocks * share
     i_query = i_block * QUERIES + tl.arange(0, QUERIES)

@@ -29,7 +29,7 @@ import torch
 import triton
 
 from leafkern.ops._core.cubin import ARCHITECTURES, Shipped
-from leafkern.ops._core.launch import interpreting, multiprocessors, next_power_of_2, on_device, precision
+from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, precision
 from leafkern.ops.quantization import reference as quantization
 from leafkern.ops.retrieval import reference, streaming
 from leafkern.ops.retrieval.device import bits_kernel, scan_kernel, score_kernel
@@ -131,7 +131,7 @@ def search(
     ):
         planes = _planes(u, query_bits)
     queries = _Queries(len(u), width, cut, "ieee", padded[None], padded, planes=planes)
-    base = Base(codes if bits == 8 else codes.view(torch.uint8), form, flip, None, _plain(allowed))
+    base = Base(codes if bits == 8 else codes.view(torch.uint8), form, flip, None, allowed)
     return _search(queries, base, k, torch.int32)
 
 
@@ -143,7 +143,7 @@ def float_search(
     allowed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.blocked_float`, of queries float32 with rows whose entries are adjacent, float32, float16 or
-    bfloat16, or fp8 with a scale for each row, k <= 1024. Where a score is NaN or infinite, so is the first returned."""
+    bfloat16, or fp8 with a scale for each row, k <= 1024. Where a score isn't finite, the first returned is NaN."""
     if rows.dtype == torch.float8_e4m3fn:
         return _fp8_search(queries, rows, scale, k, allowed)
     width = queries.shape[1]
@@ -159,7 +159,7 @@ def float_search(
         high = unit.to(rows.dtype)
         parts, how = torch.stack([high, (unit - high.float()).to(rows.dtype)]), "ieee"
     made = _Queries(len(queries), width, cut, how, parts, exact, factor)
-    return _search(made, Base(rows, "float", False, None, _plain(allowed)), k, torch.float32)
+    return _search(made, Base(rows, "float", False, None, allowed), k, torch.float32)
 
 
 def _fp8_search(queries, rows, scale, k, allowed):
@@ -167,22 +167,16 @@ def _fp8_search(queries, rows, scale, k, allowed):
     native = _takes_fp8(queries.device)
     cut = configure("fp8", 1 if native else 2, len(queries), queries.shape[1])
     exact = _padded(codes.float(), cut)
-    factor = torch.nn.functional.pad(factor, (0, len(exact) - len(factor)))
+    factor = torch.nn.functional.pad(factor if native else factor * FP8_FACTOR, (0, len(exact) - len(factor)))
     parts = (exact.to(rows.dtype) if native else exact.half())[None]
-    wider = factor * FP8_FACTOR
-    made = _Queries(len(queries), queries.shape[1], cut, "ieee", parts, exact, factor if native else wider, wider)
-    rows = rows if native else rows.view(torch.uint8)
-    base = Base(rows, "fp8" if native else "fp8 bytes", False, _plain(scale), _plain(allowed))
+    made = _Queries(len(queries), queries.shape[1], cut, "ieee", parts, exact, factor, factor)
+    base = Base(rows if native else rows.view(torch.uint8), "fp8" if native else "fp8 bytes", False, scale, allowed)
     return _search(made, base, k, torch.float32)
 
 
 def _takes_fp8(device: torch.device) -> bool:
     """Whether the matrix units take e4m3 as it is."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def _plain(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _padded(x: torch.Tensor, cut: Cut) -> torch.Tensor:
@@ -203,7 +197,7 @@ def _planes(u: torch.Tensor, query_bits: int) -> torch.Tensor:
 
 
 def _search(queries: _Queries, base: Base, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    k, device = min(k, len(base)), queries.parts.device
+    k, device, base = min(k, len(base)), queries.parts.device, base.plain()
     if queries.number == 0 or k == 0:
         return reference.from_keys(torch.empty((queries.number, k), dtype=torch.int64, device=device), dtype)
     with on_device(queries.parts):
@@ -338,7 +332,7 @@ TESTED = {
 
 
 def shipped() -> list[Shipped]:
-    """What is launched for widths of encoders in use and an odd one: one query, some and many; few with allowed rows."""
+    """What is launched for widths of encoders in use and an odd one, for one query, some and many."""
     found = []
     for form, widths in WIDTHS.items():
         for width in widths:
@@ -348,8 +342,7 @@ def shipped() -> list[Shipped]:
     for kind, widths in FLOAT_WIDTHS.items():
         for width in widths:
             found += [_shipped_scan(kind, width, queries) for queries in (1, 64, 1000)]
-            if kind != "fp8":
-                found.append(_shipped_score(kind, width))
+            found.append(_shipped_score(kind, width))
         found.append(_shipped_scan(kind, widths[0], 1000, allowed=True))
     found += [_shipped_bits(width, planes) for width in (384, 1024) for planes in (1, 7)]
     found.append(_shipped_bits(384, 7, allowed=True))
@@ -369,7 +362,7 @@ def _base_types(kind: str, width: int, allowed: bool) -> dict:
     return {
         "base": f"*{entry}:16",
         "scale": "*fp32" if kind.startswith("fp8") else None,
-        "allowed": "*i1" if allowed else None,
+        "allowed": "*u8" if allowed else None,
         "base_stride": "i32:16" if stride % 16 == 0 else "i32",
         "rows": "i32",
     }
@@ -404,7 +397,7 @@ def _shipped_score(kind: str, width: int, allowed: bool = False) -> Shipped:
 
 
 def _shipped_bits(width: int, planes: int, allowed: bool = False) -> Shipped:
-    types = {"planes": "*u32:16", "base": "*u32:16", "allowed": "*i1" if allowed else None, "maxima": "*i32:16"}
+    types = {"planes": "*u32:16", "base": "*u32:16", "allowed": "*u8" if allowed else None, "maxima": "*i32:16"}
     types |= {"base_stride": "i32:16" if width // 128 % 16 == 0 else "i32"}
     types |= dict.fromkeys(("rows", "number", "tiles", "pitch", "share"), "i32")
     title = f"bits D={width} P={planes}{' allowed' * allowed}"

@@ -30,6 +30,11 @@ class Base:
     def __len__(self) -> int:
         return self.rows.shape[0]
 
+    def plain(self) -> "Base":
+        """Scale and allowed without gaps, the latter as bytes, which every version of Triton takes alike."""
+        scale, allowed = (None if x is None else x.contiguous() for x in (self.scale, self.allowed))
+        return self.with_tensors(self.rows, scale, None if allowed is None else allowed.view(torch.uint8))
+
     def words(self) -> torch.Tensor | None:
         """The rows as words of 32 bits; None where they don't begin at such."""
         whole = self.rows.shape[1] % 4 == 0 and (len(self) == 1 or self.rows.stride(0) % 4 == 0)
