@@ -68,6 +68,8 @@ def scan_kernel(
     o_maxima = maxima + i_query.to(tl.int64) * pitch
     if factor is not None:
         b_factor = tl.load(factor + i_query)
+    INTEGER: tl.constexpr = FORM == "int8" or FORM == "int4" or FORM == "bits"
+    kind: tl.constexpr = tl.int32 if INTEGER else tl.float32
     inner = tl.arange(0, DEPTH)[None, :]
     kept = ()
     if RESIDENT:
@@ -79,18 +81,17 @@ def scan_kernel(
         # Rows beyond the last are the last again, which changes no maximum.
         i_row = tl.minimum(tl.arange(0, ROWS), tl.minimum(rows - 1 - start, ROWS - 1).to(tl.int32))
         o_x = base + start * base_stride + i_row[:, None] * base_stride
-        INTEGER: tl.constexpr = FORM == "int8" or FORM == "int4" or FORM == "bits"
-        total = tl.zeros([QUERIES, ROWS], tl.int32 if INTEGER else tl.float32)
+        total = tl.zeros([QUERIES, ROWS], kind)
         if RESIDENT:
             for d in tl.static_range(0, WIDTH, DEPTH):
                 b_x = tl.trans(_entries(o_x, d, WIDTH, FORM, FLIP, DEPTH))
-                total = tl.dot(kept[d // DEPTH], b_x, total, input_precision=PRECISION)
+                total = tl.dot(kept[d // DEPTH], b_x, total, input_precision=PRECISION, out_dtype=kind)
         else:
             for d in range(0, WIDTH, DEPTH):
                 b_x = tl.trans(_entries(o_x, d, WIDTH, FORM, FLIP, DEPTH))
                 for part in tl.static_range(PARTS):
                     b_q = tl.load(o_q + part * part_stride + d + inner)
-                    total = tl.dot(b_q, b_x, total, input_precision=PRECISION)
+                    total = tl.dot(b_q, b_x, total, input_precision=PRECISION, out_dtype=kind)
         if factor is not None:
             total *= b_factor[:, None]
         if scale is not None:
