@@ -19,7 +19,7 @@ _LAST_ID = tl.constexpr(LAST_ID)
 _NO_ROW = tl.constexpr(NO_ROW)
 
 # Arguments whose value is no reason to compile a kernel again.
-PLAIN = ["rows", "number", "tiles", "pitch", "share", "query_blocks", "count"]
+PLAIN = ["rows", "number", "tiles", "share", "query_blocks", "count", "blocks"]
 # Tensors that may begin anywhere in memory.
 SLICES = ["allowed", "scale"]
 
@@ -53,8 +53,8 @@ def _entries(o_x, d, WIDTH: tl.constexpr, FORM: tl.constexpr, FLIP: tl.constexpr
 
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SLICES)
 def scan_kernel(
-    queries, factor, base, scale, allowed, maxima, part_stride, q_stride, base_stride, rows, number, tiles, pitch,
-    share, query_blocks,
+    queries, factor, base, scale, allowed, maxima, part_stride, q_stride, base_stride, rows, number, tiles, share,
+    query_blocks,
     WIDTH: tl.constexpr, FORM: tl.constexpr, FLIP: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def scan_kernel(
     first = tl.program_id(0) // query_blocks * share
     i_query = i_block * QUERIES + tl.arange(0, QUERIES)
     o_q = queries + i_query[:, None] * q_stride
-    o_maxima = maxima + i_query.to(tl.int64) * pitch
+    o_maxima = maxima + i_query.to(tl.int64) * tiles
     if factor is not None:
         b_factor = tl.load(factor + i_query)
     INTEGER: tl.constexpr = FORM == "int8" or FORM == "int4" or FORM == "bits"
@@ -115,7 +115,7 @@ def _ones(x):
 
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SLICES)
 def bits_kernel(
-    planes, base, allowed, maxima, base_stride, rows, number, tiles, pitch, share,
+    planes, base, allowed, maxima, base_stride, rows, number, tiles, share,
     FLIPPED: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.constexpr, ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +147,41 @@ def bits_kernel(
             score = tl.sum(total, 1)
             if allowed is not None:
                 score = tl.where(b_allowed, score, _LOWEST)
-            tl.store(maxima + (wide + i_query) * pitch + i_tile, tl.max(score, 0))
+            tl.store(maxima + (wide + i_query) * tiles + i_tile, tl.max(score, 0))
+
+
+@triton.jit
+def _ordered(x):
+    # A score as an integer in the same order, as `reference.keys_of` makes it.
+    if x.dtype == tl.float32:
+        bits = (x + 0.0).to(tl.int32, bitcast=True)
+        x = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return x.to(tl.int64)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def key_kernel(
+    maxima, chosen, keys, tiles, count, blocks,
+    GROUP: tl.constexpr, PLACES: tl.constexpr, BEST: tl.constexpr,
+):  # fmt: skip
+    # Of `count` groups of tiles per query, those in `chosen` or all: the keys (maximum, lower tile) of their tiles;
+    # BEST: the keys (largest maximum, lower group) of the groups.
+    i_query = (tl.program_id(0) // blocks).to(tl.int64)
+    place = tl.program_id(0) % blocks * PLACES + tl.arange(0, PLACES)
+    live = place < count
+    o_place = i_query * count + place
+    group = place.to(tl.int64)
+    if chosen is not None:
+        group = tl.load(chosen + o_place, mask=live, other=0)
+    tile = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    there = live[:, None] & (tile < tiles)
+    key = _ordered(tl.load(maxima + i_query * tiles + tile, mask=there, other=0)) << 32
+    if BEST:
+        key = tl.max(tl.where(there, key, _NO_ROW), 1) + (_LAST_ID - group)
+        tl.store(keys + o_place, key, mask=live)
+    else:
+        key = tl.where(there, key + (_LAST_ID - tile), _NO_ROW)
+        tl.store(keys + (o_place * GROUP)[:, None] + tl.arange(0, GROUP)[None, :], key, mask=live[:, None])
 
 
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SLICES)
@@ -171,18 +205,13 @@ def score_kernel(
     for d in range(0, WIDTH, DEPTH):
         b_x = _entries(o_x, d, WIDTH, FORM, FLIP, DEPTH).to(kind)
         total += tl.sum(b_x * tl.load(o_q + d).to(kind)[None, :], 1)
-    if INTEGER:
-        score = total
-    else:
+    if not INTEGER:
         if factor is not None:
             total *= tl.load(factor + i_query)
         if scale is not None:
             total *= tl.load(scale + start + i_row)
         total = tl.where(tl.abs(total) < float("inf"), total, float("nan"))
-        # As `reference`: the bits of a float in the order of integers.
-        bits = (total + 0.0).to(tl.int32, bitcast=True)
-        score = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     if allowed is not None:
         live = live & (tl.load(allowed + start + i_row) != 0)
-    key = (score.to(tl.int64) << 32) + (_LAST_ID - start - place)
+    key = (_ordered(total) << 32) + (_LAST_ID - start - place)
     tl.store(keys + i_place * ROWS + place, tl.where(live, key, _NO_ROW))

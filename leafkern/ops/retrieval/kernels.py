@@ -32,7 +32,7 @@ from leafkern.ops._core.cubin import ARCHITECTURES, Shipped
 from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, precision
 from leafkern.ops.quantization import reference as quantization
 from leafkern.ops.retrieval import reference, streaming
-from leafkern.ops.retrieval.device import bits_kernel, scan_kernel, score_kernel
+from leafkern.ops.retrieval.device import bits_kernel, key_kernel, scan_kernel, score_kernel
 from leafkern.ops.retrieval.streaming import Base
 
 # Rows of a tile, and tiles of a group; queries that are taken at once are a multiple of BLOCK.
@@ -91,6 +91,10 @@ def _bits_constants(width: int, flip: bool, planes: int, align: int) -> dict:
     words = width // 32
     shape = {"WORDS": words, "COLUMNS": next_power_of_2(words), "PLANES": planes, "ALIGN": align, "ROWS": TILE}
     return {"FLIPPED": 0x80808080 if flip else 0} | shape
+
+
+def _key_constants(best: bool) -> dict:
+    return {"GROUP": GROUP, "PLACES": 32 if best else 8, "BEST": best}
 
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -212,27 +216,24 @@ def _best_keys(queries: _Queries, base: Base, k: int, dtype: torch.dtype) -> tor
     """The keys (Q, min(k, N)) of the best rows of a base on the queries' device, best first."""
     k = min(k, len(base))
     tiles = triton.cdiv(len(base), TILE)
-    # Several tensors of keys are there at once.
-    whole = tiles <= 2 * GROUP * k
-    each = tiles * (32 if whole else 8) + min(k, tiles) * (24 * GROUP + 24 * TILE)
+    # Maxima, keys of tiles and of rows; topk takes as much again as it is given, and more.
+    each = 4 * tiles + 24 * min(tiles, 2 * GROUP * k) + 24 * min(k, tiles) * TILE
     blocks = triton.cdiv(queries.number, max(1, WORKSPACE_BYTES // each))
     step = BLOCK * triton.cdiv(queries.number, blocks * BLOCK)
     found = []
     for start in range(0, queries.number, step):
         maxima = _maxima(queries, base, start, min(step, queries.number - start), dtype)
-        chosen = _best_tiles(maxima, tiles, min(k, tiles))
+        chosen = _best_tiles(maxima, min(k, tiles))
         keys = _tile_keys(queries, base, start, chosen)
         found.append(keys.topk(k, dim=1).values)
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _maxima(queries: _Queries, base: Base, start: int, number: int, dtype: torch.dtype) -> torch.Tensor:
-    """The largest score of queries `start` and following in each tile, (number, tiles padded to whole groups)."""
+    """The largest score of queries `start` and following in each tile, (number, tiles)."""
     rows, tiles = base.rows, triton.cdiv(len(base), TILE)
     device = queries.parts.device
-    pitch = triton.cdiv(tiles, GROUP) * GROUP
-    maxima = torch.empty((number, pitch), dtype=dtype, device=device)
-    maxima[:, tiles:] = -torch.inf if dtype == torch.float32 else torch.iinfo(dtype).min
+    maxima = torch.empty((number, tiles), dtype=dtype, device=device)
     waves = multiprocessors(queries.parts) * WAVES
     words = None if queries.planes is None else base.words()
     if words is not None:
@@ -248,7 +249,6 @@ def _maxima(queries: _Queries, base: Base, start: int, number: int, dtype: torch
             len(base),
             number,
             tiles,
-            pitch,
             share,
             **_bits_constants(queries.width, base.flip, planes.shape[1], align),
             **OPTIONS,
@@ -271,7 +271,6 @@ def _maxima(queries: _Queries, base: Base, start: int, number: int, dtype: torch
         len(base),
         number,
         tiles,
-        pitch,
         share,
         query_blocks,
         **_scan_constants(queries.width, base.form, base.flip, len(parts), cut, queries.precision),
@@ -280,18 +279,29 @@ def _maxima(queries: _Queries, base: Base, start: int, number: int, dtype: torch
     return maxima
 
 
-def _best_tiles(maxima: torch.Tensor, tiles: int, k: int) -> torch.Tensor:
+def _best_tiles(maxima: torch.Tensor, k: int) -> torch.Tensor:
     """The k best tiles by (maximum, lower tile), in any order: (Q, k) int64."""
+    tiles = maxima.shape[1]
+    groups = triton.cdiv(tiles, GROUP)
     if tiles <= 2 * GROUP * k:
-        return _best_places(maxima[:, :tiles], k)
-    groups = _best_places(maxima.unflatten(1, (-1, GROUP)).amax(2), k).sort(dim=1).values
-    candidates = (groups[:, :, None] * GROUP + torch.arange(GROUP, device=groups.device)).flatten(1)
-    # Lower tiles stand first, so that places among the candidates are in order of tiles.
-    return candidates.gather(1, _best_places(maxima.gather(1, candidates), k))
+        return _best(_keys(maxima, None, groups, best=False), k)
+    chosen = _best(_keys(maxima, None, groups, best=True), k)
+    return _best(_keys(maxima, chosen, k, best=False), k)
 
 
-def _best_places(scores: torch.Tensor, k: int) -> torch.Tensor:
-    return reference.from_keys(reference.keys_of(scores, 0).topk(k, dim=1).values, scores.dtype)[1]
+def _keys(maxima: torch.Tensor, chosen: torch.Tensor | None, count: int, best: bool) -> torch.Tensor:
+    """Keys of the tiles of `count` groups, or of the groups, which are the first or (Q, count) chosen ones."""
+    number, tiles = maxima.shape
+    constants = _key_constants(best)
+    blocks = triton.cdiv(count, constants["PLACES"])
+    keys = torch.empty((number, count if best else count * GROUP), dtype=torch.int64, device=maxima.device)
+    key_kernel[number * blocks,](maxima, chosen, keys, tiles, count, blocks, **constants, **OPTIONS)
+    return keys
+
+
+def _best(keys: torch.Tensor, k: int) -> torch.Tensor:
+    """What the k largest keys are keys of, in any order."""
+    return reference.LAST_ID - (keys.topk(k, dim=1, sorted=False).values & reference.LAST_ID)
 
 
 def _tile_keys(queries: _Queries, base: Base, start: int, chosen: torch.Tensor) -> torch.Tensor:
@@ -321,13 +331,15 @@ def _tile_keys(queries: _Queries, base: Base, start: int, chosen: torch.Tensor) 
 
 WIDTHS = {"int8": (384, 256, 768, 1024, 100), "int4": (384, 1024), "bits": (384, 1024, 100)}
 FLOAT_WIDTHS = {"fp32": (384, 1024), "fp16": (384, 1024), "bf16": (384,), "fp8": (384, 1024), "fp8 bytes": (384,)}
+# Title, of chosen groups, of groups.
+KEY_CASES = (("of tiles", False, False), ("of groups", False, True), ("of chosen tiles", True, False))
 TESTED = {
     "scan int8 D=384 Q=1",
     "scan int8 D=384 Q=1000",
     "scan bits D=384 Q=1000",
-    "scan fp32 D=384 Q=1000",
     "bits D=384 P=7",
     "score int8 D=384",
+    "keys of groups i32",
 }
 
 
@@ -346,6 +358,7 @@ def shipped() -> list[Shipped]:
         found.append(_shipped_scan(kind, widths[0], 1000, allowed=True))
     found += [_shipped_bits(width, planes) for width in (384, 1024) for planes in (1, 7)]
     found.append(_shipped_bits(384, 7, allowed=True))
+    found += [_shipped_keys(kind, *case) for kind in ("i32", "fp32") for case in KEY_CASES]
     return found
 
 
@@ -354,6 +367,12 @@ def _shipped(title: str, kernel, types: dict, constants: dict, options: dict) ->
     types = {name: kind for name, kind in types.items() if kind is not None}
     takes_fp8 = ARCHITECTURES[1:] if "*fp8e4nv:16" in types.values() else ARCHITECTURES
     return Shipped("retrieval", title, kernel, types, constants, options, 1, title in TESTED, takes_fp8)
+
+
+def _shipped_keys(kind: str, title: str, chosen: bool, best: bool) -> Shipped:
+    types = {"maxima": f"*{kind}:16", "chosen": "*i64:16" if chosen else None, "keys": "*i64:16"}
+    types |= dict.fromkeys(("tiles", "count", "blocks"), "i32")
+    return _shipped(f"keys {title} {kind}", key_kernel, types, _key_constants(best), OPTIONS)
 
 
 def _base_types(kind: str, width: int, allowed: bool) -> dict:
@@ -380,7 +399,7 @@ def _shipped_scan(kind: str, width: int, queries: int, allowed: bool = False) ->
     types = {"queries": f"*{entry}:16", "factor": "*fp32:16" if halves or kind.startswith("fp8") else None}
     types |= _base_types(kind, width, allowed) | {"maxima": "*i32:16" if form in WIDTHS else "*fp32:16"}
     types |= dict.fromkeys(("part_stride", "q_stride"), "i32:16")
-    types |= dict.fromkeys(("number", "tiles", "pitch", "share", "query_blocks"), "i32")
+    types |= dict.fromkeys(("number", "tiles", "share", "query_blocks"), "i32")
     how = "tf32x3" if kind == "fp32" else "ieee"
     constants = _scan_constants(width, form, False, 2 if halves else 1, cut, how)
     title = f"scan {kind} D={width} Q={queries}{' allowed' * allowed}"
@@ -399,6 +418,6 @@ def _shipped_score(kind: str, width: int, allowed: bool = False) -> Shipped:
 def _shipped_bits(width: int, planes: int, allowed: bool = False) -> Shipped:
     types = {"planes": "*u32:16", "base": "*u32:16", "allowed": "*u8" if allowed else None, "maxima": "*i32:16"}
     types |= {"base_stride": "i32:16" if width // 128 % 16 == 0 else "i32"}
-    types |= dict.fromkeys(("rows", "number", "tiles", "pitch", "share"), "i32")
+    types |= dict.fromkeys(("rows", "number", "tiles", "share"), "i32")
     title = f"bits D={width} P={planes}{' allowed' * allowed}"
     return _shipped(title, bits_kernel, types, _bits_constants(width, False, planes, 4), OPTIONS)
