@@ -12,6 +12,7 @@
 #include "common/rows.h"
 #include "contrastive/contrastive.h"
 #include "distill/distill.h"
+#include "quantization/quantization.h"
 #include "relative/relative.h"
 #include "retrieval/search.h"
 
@@ -26,10 +27,12 @@ struct Kernels {
     const RelativeKernels* relative;
     const DistillKernels* distill;
     const ContrastiveKernels* contrastive;
+    const QuantizationKernels* quantization;
 };
 
 #define LEAFKERN_KERNELS(isa) \
-    {&isa::row_kernels, &isa::search_kernels, &isa::relative_kernels, &isa::distill_kernels, &isa::contrastive_kernels}
+    {&isa::row_kernels,     &isa::search_kernels,      &isa::relative_kernels, \
+     &isa::distill_kernels, &isa::contrastive_kernels, &isa::quantization_kernels}
 
 Kernels chosen = LEAFKERN_KERNELS(portable);
 
@@ -49,6 +52,16 @@ void select_isa(const std::string& name) {
 #endif
     if (name != "portable") throw std::invalid_argument("no such instruction set here: " + name);
     chosen = LEAFKERN_KERNELS(portable);
+}
+
+// type, values, rows, dim, row stride, stride, threads
+using VectorsTuple = std::tuple<int, uintptr_t, int64_t, int64_t, int64_t, int64_t, int>;
+
+Vectors vectors_of(const VectorsTuple& given) {
+    const auto [type, values, rows, dim, row_stride, stride, threads] = given;
+    if (type < 0 || type > 2 || rows < 0 || dim < 1 || threads < 1)
+        throw std::invalid_argument("quantize: type, rows, dim or threads out of range");
+    return {static_cast<FloatType>(type), reinterpret_cast<const void*>(values), rows, dim, row_stride, stride};
 }
 
 SearchArguments search_arguments(int form, int dim, int flip, int64_t queries, int64_t count, int64_t stride, int k,
@@ -151,6 +164,26 @@ PYBIND11_MODULE(_C, module) {
         const Rows m = rows_of(matrix, dims);
         py::gil_scoped_release released;
         inverse_norms(*chosen.rows, m);
+    });
+
+    // Whether every entry is finite and stays so.
+    module.def("encode", [](const VectorsTuple& given, int form, int flip, uintptr_t low, uintptr_t step,
+                            uintptr_t codes) {
+        const Vectors x = vectors_of(given);
+        if (form < 0 || form > 3) throw std::invalid_argument("encode: form out of range");
+        const Codes c{static_cast<CodeForm>(form), static_cast<uint8_t>(flip), reinterpret_cast<const float*>(low),
+                      reinterpret_cast<const float*>(step), reinterpret_cast<uint8_t*>(codes)};
+        py::gil_scoped_release released;
+        return encode(*chosen.quantization, x, c, std::get<6>(given));
+    });
+    // Whether every entry is finite; low and high: (D,) each.
+    module.def("extremes", [](const VectorsTuple& given, uintptr_t low, uintptr_t high) {
+        const Vectors x = vectors_of(given);
+        const int threads = std::get<6>(given);
+        std::vector<float> spare(static_cast<size_t>(threads) * 2 * x.dim);
+        py::gil_scoped_release released;
+        return extremes(*chosen.quantization, x, threads, reinterpret_cast<float*>(low),
+                        reinterpret_cast<float*>(high), spare.data());
     });
 
     module.attr("MAX_DIM") = kMaxDim;
