@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/memory.h"
 #include "common/rows.h"
 #include "contrastive/contrastive.h"
 #include "distill/distill.h"
@@ -160,6 +161,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("instruction_sets", &instruction_sets, "Instruction sets that this CPU can run, best last.");
     module.def("select_isa", &select_isa, py::arg("name"));
     module.def("isa", [] { return chosen.search->isa; }, "The instruction set that serves.");
+    module.def("advise_huge",
+               [](uintptr_t data, size_t bytes) { advise_huge(reinterpret_cast<void*>(data), bytes); });
     module.def("inverse_norms", [](const RowsTuple& matrix, const std::vector<int64_t>& dims) {
         const Rows m = rows_of(matrix, dims);
         py::gil_scoped_release released;

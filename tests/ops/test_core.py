@@ -12,7 +12,7 @@ from compare import matmul_setting
 
 from leafkern.errors import BackendError, InputError
 from leafkern.ops._core import backend, checks, launch
-from leafkern.ops._core.native import library
+from leafkern.ops._core.native import huge, library
 from leafkern.ops._core.normalize import normalize_rows, normalize_rows_backward
 from leafkern.ops._core.registration import needs_gradient, register, register_loss
 
@@ -342,6 +342,14 @@ def test_instruction_set_can_be_forced():
     assert "LEAFKERN_ISA (on this CPU): unknown name 'avx3'" in wrong.stderr
     with pytest.raises(ValueError, match="no such instruction set here: sse9"):
         library()[0].select_isa("sse9")
+
+
+def test_huge_pages_change_nothing_but_speed():
+    for count in (0, 1, 5 << 20):
+        x = torch.empty(count, dtype=torch.uint8)
+        assert huge(x) is x
+        assert x.fill_(7).sum() == 7 * count
+    assert huge(torch.empty(4, device="meta")).is_meta
 
 
 def test_options_may_change_under_compile():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from retrieval_cases import FORMS, ISAS, C, random_codes, random_queries, restore_isa, unit  # noqa: F401
 
 from leafkern.errors import BackendError, InputError
 from leafkern.ops import Quantized, dequantize, quantize, search
@@ -19,33 +20,8 @@ from leafkern.ops._core.native import library
 from leafkern.ops.quantization import PRECISIONS
 from leafkern.ops.retrieval import fold, integer_search, native, reference
 
-C, MISSING = library()
-needs_native = pytest.mark.skipif(C is None, reason=MISSING)
-ISAS = C.instruction_sets() if C is not None else []
+needs_native = pytest.mark.skipif(C is None, reason=library()[1])
 WIDTHS = [1, 3, 7, 8, 9, 31, 32, 33, 63, 64, 65, 100, 127, 128, 250, 256, 384, 511, 512, 768]
-FORMS = [(8, 8), (4, 8), (1, 8), (1, 1)]
-
-
-@pytest.fixture(autouse=True)
-def _restore_isa():
-    before = C.isa() if C is not None else None
-    yield
-    if C is not None:
-        C.select_isa(before)
-
-
-def random_codes(n, dim, bits, *, signed=False, generator=None, narrow=False):
-    if bits == 8:
-        low, high = (-1, 2) if narrow else (-128, 128)
-        return torch.randint(low, high, (n, dim), dtype=torch.int8, generator=generator)
-    width = -(-dim * bits // 8)
-    codes = torch.randint(0, 2 if narrow else 256, (n, width), dtype=torch.uint8, generator=generator)
-    return codes.view(torch.int8) if signed and bits == 1 else codes
-
-
-def random_queries(q, dim, query_bits, *, limit=63, generator=None):
-    u = torch.randint(-limit, limit + 1, (q, dim), dtype=torch.int8, generator=generator)
-    return torch.where(u > 0, 1, -1).to(torch.int8) if query_bits == 1 else u
 
 
 def assert_exact(u, codes, k, bits, query_bits, threads=1):
@@ -196,10 +172,6 @@ def test_reads_nothing_beyond_the_last_row(bits, tmp_path):
 
 
 # ---- The public function.
-
-
-def unit(n, dim, dtype=torch.float32):
-    return torch.nn.functional.normalize(torch.randn(n, dim), dim=1).to(dtype)
 
 
 def test_fold():

@@ -20,7 +20,20 @@ _BITS = {"int8": 8, "int4": 4, "binary": 1, "ubinary": 1}
 _PRECISION_OF = {8: "int8", 4: "int4", 1: "binary"}
 
 
-def _check_integers(u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, query_bits: int) -> None:
+def _check_allowed(allowed: torch.Tensor | None, rows: int, device: torch.device) -> None:
+    if allowed is None:
+        return
+    check_tensor("allowed", allowed, ndim=1, dtypes=(torch.bool,))
+    if len(allowed) != rows or allowed.device != device:
+        raise InputError(
+            f"allowed: expected one bool per row of base, ({rows},) on {device}; got {tuple(allowed.shape)} on "
+            f"{allowed.device}"
+        )
+
+
+def _check_integers(
+    u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, query_bits: int, allowed: torch.Tensor | None
+) -> None:
     check_tensor("u", u, ndim=2, dtypes=(torch.int8,))
     check_tensor("codes", codes, ndim=2, dtypes=(torch.int8, torch.uint8))
     check_same_device(u=u, codes=codes)
@@ -32,28 +45,30 @@ def _check_integers(u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, que
         raise InputError(
             f"codes: {u.shape[1]} dimensions at {bits} bits take {width} columns; got shape {tuple(codes.shape)}"
         )
+    _check_allowed(allowed, len(codes), codes.device)
 
 
 def _integer_search(
-    u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, query_bits: int
+    u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, query_bits: int, allowed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_integers(u, codes, k, bits, query_bits)
+    _check_integers(u, codes, k, bits, query_bits, allowed)
     candidates = {"reference": None}
     if u.device.type == "cpu":
-        candidates = {"native": native.unsuited(u, codes, k), **candidates}
+        candidates = {"native": native.unsuited(u, codes, k, allowed), **candidates}
     if choose("retrieval", candidates) == "native":
         return native.search(u, codes, k, bits, query_bits)
-    return reference.blocked(u, codes, k, bits)
+    return reference.blocked(u, codes, k, bits, allowed)
 
 
-def _integer_search_fake(u, codes, k, bits, query_bits):
+def _integer_search_fake(u, codes, k, bits, query_bits, allowed=None):
     shape = (u.shape[0], min(k, codes.shape[0]))
     return u.new_empty(shape, dtype=torch.int32), u.new_empty(shape, dtype=torch.int64)
 
 
-# u int8 (Q, D) in [-63, 63] (query_bits=1: +-1); codes as in Quantized, of 8, 4 or 1 bits -> integer scores, ids.
+# u int8 (Q, D) in [-63, 63] (query_bits=1: +-1); codes as in Quantized, of 8, 4 or 1 bits; allowed bool (N,) ->
+# integer scores, ids; -2^31 and -1 where fewer rows are allowed.
 integer_search = register(
-    "integer_search(Tensor u, Tensor codes, int k, int bits, int query_bits) -> (Tensor, Tensor)",
+    "integer_search(Tensor u, Tensor codes, int k, int bits, int query_bits, Tensor? allowed=None) -> (Tensor, Tensor)",
     _integer_search,
     _integer_search_fake,
 )
@@ -111,7 +126,9 @@ def _check_fits(x: torch.Tensor, what: str) -> None:
         raise InputError(f"queries: row {int(bad.nonzero()[0])} is too large: {what} overflow float32; scale it down")
 
 
-def _float_search(queries: torch.Tensor, base: torch.Tensor | Quantized, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _float_search(
+    queries: torch.Tensor, base: torch.Tensor | Quantized, k: int, allowed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     choose("retrieval", {"reference": None})
     rows: Callable
     if isinstance(base, Quantized) and base.precision == "fp8":
@@ -126,14 +143,14 @@ def _float_search(queries: torch.Tensor, base: torch.Tensor | Quantized, k: int)
         def rows(start, stop):
             return values[start:stop].float()
 
-    return reference.blocked_float(queries, rows, _size(base)[0], k, _finite_scores)
+    return reference.blocked_float(queries, rows, _size(base)[0], k, _finite_scores, allowed)
 
 
 def _first_stage(
-    queries: torch.Tensor, base: torch.Tensor | Quantized, k: int, query_bits: int
+    queries: torch.Tensor, base: torch.Tensor | Quantized, k: int, query_bits: int, allowed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if not isinstance(base, Quantized) or base.precision not in _BITS:
-        return _float_search(queries, base, k)
+        return _float_search(queries, base, k, allowed)
     if base.dim >= MAX_DIM:
         raise InputError(f"base: width {base.dim}; below {MAX_DIM} is expected, where integer scores fit 32 bits")
     if base.precision in ("int8", "int4"):
@@ -146,10 +163,14 @@ def _first_stage(
         if query_bits == 1:
             u, a = torch.where(queries > 0, 1, -1).to(torch.int8), torch.ones_like(a)
         bias = torch.zeros_like(a)
-    integers, ids = integer_search(u, base.codes, k, _BITS[base.precision], query_bits)
+    integers, ids = integer_search(u, base.codes, k, _BITS[base.precision], query_bits, allowed)
     scores = bias[:, None] + a[:, None] * integers
-    _check_fits(scores, "its scores")
-    return scores, ids
+    if allowed is None:
+        _check_fits(scores, "its scores")
+        return scores, ids
+    none = ids < 0
+    _check_fits(scores.masked_fill(none, 0), "its scores")
+    return scores.masked_fill(none, -torch.inf), ids
 
 
 @without_autocast
@@ -161,6 +182,7 @@ def search(
     rescore: torch.Tensor | Quantized | Sequence[torch.Tensor | Quantized] | None = None,
     oversample: int = 4,
     query_bits: int | None = None,
+    allowed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k vectors of `base` with the largest dot products: (scores float32, ids int64), (Q, min(k, N)) each.
 
@@ -177,12 +199,15 @@ def search(
     dequantised row, of the candidates only. The first stage keeps oversample*k, each level but the last half of
     what it got (at least k). All candidates of a query are gathered at once: oversample*k float32 rows of memory.
 
+    allowed: bool Tensor (N,) on base's device: only rows where it is true are returned; None: all. Where fewer than
+    min(k, N) are allowed, the rest has score -inf and id -1. Values of other rows do no harm.
+
     base and rescore may be memory-mapped: they are read in blocks, never copied or checked as a whole. NaN or
     infinity in a float base or level shows in its scores and is an error then; codes are not checked.
 
     Errors: `InputError` for k or oversample < 1, widths or row counts that differ, NaN, infinity or overflow of float32
-    in queries (the row is named), query_bits other than None, 1, 8 or with a base that is not binary, N >= 2^32, and
-    D >= 2^18 for integer scores (63*128*D must fit 32 bits).
+    in queries (the row is named), `allowed` of another shape, dtype or device, query_bits other than None, 1, 8 or with
+    a base that is not binary, N >= 2^32, and D >= 2^18 for integer scores (63*128*D must fit 32 bits).
 
     Backends: native (CPU; int8, int4, binary; k, or oversample*k when rescoring, <= 2048), else the PyTorch reference.
     """
@@ -198,6 +223,7 @@ def search(
     for name, level in zip(names, levels):
         if _size(level)[0] != _size(base)[0]:
             raise InputError(f"{name}: {_size(level)[0]} rows, but base has {_size(base)[0]}; the same are expected")
+    _check_allowed(allowed, _size(base)[0], (base.codes if isinstance(base, Quantized) else base).device)
     binary = isinstance(base, Quantized) and base.precision in ("binary", "ubinary")
     if query_bits is not None and (query_bits not in (1, 8) or not binary):
         raise InputError(f"query_bits: expected None, or 1 or 8 with a binary base; got {query_bits!r}")
@@ -207,11 +233,12 @@ def search(
     levels = [level if isinstance(level, Quantized) else level.detach() for level in levels]
     query_bits = query_bits or (8 if levels or not binary else 1)
     keep = k * oversample if levels else k
-    scores, ids = _first_stage(queries, base, keep, query_bits)
+    scores, ids = _first_stage(queries, base, keep, query_bits, allowed)
     for place, (name, level) in enumerate(zip(names, levels), start=1):
         keep = k if place == len(levels) else max(k, keep // 2)
         scores, ids = reference.rescore(queries, level, ids, keep)
-        if values_checked(scores) and not torch.isfinite(scores).all():
-            row = int(ids[~torch.isfinite(scores)][0])
+        bad = ~torch.isfinite(scores) & (ids >= 0)
+        if values_checked(scores) and bad.any():
+            row = int(ids[bad][0])
             raise InputError(f"{name}: row {row} holds NaN or infinity, or overflows float32; expected finite values")
     return scores, ids

@@ -5,7 +5,7 @@ import torch
 from leafkern.ops._core.native import library, unavailable
 
 
-def unsuited(u: torch.Tensor, codes: torch.Tensor, k: int) -> str | None:
+def unsuited(u: torch.Tensor, codes: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> str | None:
     """Why the kernels can't serve this call; None when they can."""
     reason = unavailable()
     if reason is not None:
@@ -15,6 +15,8 @@ def unsuited(u: torch.Tensor, codes: torch.Tensor, k: int) -> str | None:
         return f"k = {min(k, len(codes))}, above {module.MAX_K}"
     if u.shape[1] > module.MAX_DIM:
         return f"width {u.shape[1]}, above {module.MAX_DIM} (255*63*D must stay below 2^31)"
+    if allowed is not None:
+        return "allowed rows"
     n, width = codes.shape
     if (width > 1 and codes.stride(1) != 1) or (n > 1 and codes.stride(0) < width):
         return "codes whose rows are not contiguous"

@@ -1,0 +1,36 @@
+"""Inputs of the search tests."""
+
+import pytest
+import torch
+
+from leafkern.ops._core.native import library
+
+C = library()[0]
+ISAS = C.instruction_sets() if C is not None else []
+FORMS = [(8, 8), (4, 8), (1, 8), (1, 1)]  # bits of a code, of a query's
+
+
+@pytest.fixture(autouse=True)
+def restore_isa():
+    before = C.isa() if C is not None else None
+    yield
+    if C is not None:
+        C.select_isa(before)
+
+
+def random_codes(n, dim, bits, *, signed=False, generator=None, narrow=False):
+    if bits == 8:
+        low, high = (-1, 2) if narrow else (-128, 128)
+        return torch.randint(low, high, (n, dim), dtype=torch.int8, generator=generator)
+    width = -(-dim * bits // 8)
+    codes = torch.randint(0, 2 if narrow else 256, (n, width), dtype=torch.uint8, generator=generator)
+    return codes.view(torch.int8) if signed and bits == 1 else codes
+
+
+def random_queries(q, dim, query_bits, *, limit=63, generator=None):
+    u = torch.randint(-limit, limit + 1, (q, dim), dtype=torch.int8, generator=generator)
+    return torch.where(u > 0, 1, -1).to(torch.int8) if query_bits == 1 else u
+
+
+def unit(n, dim, dtype=torch.float32):
+    return torch.nn.functional.normalize(torch.randn(n, dim), dim=1).to(dtype)
