@@ -60,7 +60,7 @@ using VectorsTuple = std::tuple<int, uintptr_t, int64_t, int64_t, int64_t, int64
 
 Vectors vectors_of(const VectorsTuple& given) {
     const auto [type, values, rows, dim, row_stride, stride, threads] = given;
-    if (type < 0 || type > 2 || rows < 0 || dim < 1 || threads < 1)
+    if (type < 0 || type > 2 || rows < 0 || dim < 0 || threads < 1)
         throw std::invalid_argument("quantize: type, rows, dim or threads out of range");
     return {static_cast<FloatType>(type), reinterpret_cast<const void*>(values), rows, dim, row_stride, stride};
 }
@@ -179,14 +179,13 @@ PYBIND11_MODULE(_C, module) {
         py::gil_scoped_release released;
         return encode(*chosen.quantization, x, c, std::get<6>(given));
     });
-    // Whether every entry is finite; low and high: (D,) each.
-    module.def("extremes", [](const VectorsTuple& given, uintptr_t low, uintptr_t high) {
+    // Whether every entry is finite; found: (2, dim), smallest and largest.
+    module.def("extremes", [](const VectorsTuple& given, uintptr_t found) {
         const Vectors x = vectors_of(given);
         const int threads = std::get<6>(given);
         std::vector<float> spare(static_cast<size_t>(threads) * 2 * x.dim);
         py::gil_scoped_release released;
-        return extremes(*chosen.quantization, x, threads, reinterpret_cast<float*>(low),
-                        reinterpret_cast<float*>(high), spare.data());
+        return extremes(*chosen.quantization, x, threads, reinterpret_cast<float*>(found), spare.data());
     });
 
     module.attr("MAX_DIM") = kMaxDim;

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kStep = 1 << 16;  // entries claimed by a thread at a time
 
-int64_t rows_at_a_time(const Vectors& x) { return std::max<int64_t>(1, kStep / x.dim); }
+int64_t rows_at_a_time(const Vectors& x) { return std::max<int64_t>(1, kStep / std::max<int64_t>(x.dim, 1)); }
 
 }  // namespace
 
@@ -24,27 +24,25 @@ bool encode(const QuantizationKernels& kernels, const Vectors& x, const Codes& c
     return good;
 }
 
-bool extremes(const QuantizationKernels& kernels, const Vectors& x, int threads, float* low, float* high,
-              float* spare) {
+bool extremes(const QuantizationKernels& kernels, const Vectors& x, int threads, float* found, float* spare) {
     std::atomic<bool> good{true};
-    // One share of the rows each: smallest and largest are the same however they are cut.
+    // A share of the rows for each thread: smallest and largest are the same however they are cut.
     const int64_t share = std::max<int64_t>((x.rows + threads - 1) / threads, 1);
+    const auto own = [&](int64_t thread) { return spare + thread * 2 * x.dim; };
     for (int64_t i = 0; i < threads; ++i) {
-        std::fill_n(spare + 2 * i * x.dim, x.dim, std::numeric_limits<float>::infinity());
-        std::fill_n(spare + (2 * i + 1) * x.dim, x.dim, -std::numeric_limits<float>::infinity());
+        std::fill_n(own(i), x.dim, std::numeric_limits<float>::infinity());
+        std::fill_n(own(i) + x.dim, x.dim, -std::numeric_limits<float>::infinity());
     }
     each(threads, x.rows, share, x.dim, [&](int64_t begin, int64_t end) {
-        float* own = spare + 2 * (begin / share) * x.dim;
-        if (!kernels.extremes(x, begin, end, own, own + x.dim)) good.store(false, std::memory_order_relaxed);
+        float* low = own(begin / share);
+        if (!kernels.extremes(x, begin, end, low, low + x.dim)) good.store(false, std::memory_order_relaxed);
     });
-    for (int64_t d = 0; d < x.dim; ++d) {
-        low[d] = spare[d];
-        high[d] = spare[x.dim + d];
-        for (int64_t i = 1; i < threads; ++i) {
-            low[d] = std::min(low[d], spare[2 * i * x.dim + d]);
-            high[d] = std::max(high[d], spare[(2 * i + 1) * x.dim + d]);
+    std::copy_n(spare, 2 * x.dim, found);
+    for (int64_t i = 1; i < threads; ++i)
+        for (int64_t d = 0; d < x.dim; ++d) {
+            found[d] = std::min(found[d], own(i)[d]);
+            found[x.dim + d] = std::max(found[x.dim + d], own(i)[x.dim + d]);
         }
-    }
     return good;
 }
 

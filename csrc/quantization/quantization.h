@@ -44,7 +44,7 @@ namespace avx2 { extern const QuantizationKernels quantization_kernels; }
 
 bool encode(const QuantizationKernels& kernels, const Vectors& x, const Codes& codes, int threads);
 
-// Smallest and largest value of each dimension, +-infinity without rows. spare: (threads, 2, dim).
-bool extremes(const QuantizationKernels& kernels, const Vectors& x, int threads, float* low, float* high, float* spare);
+// Smallest and largest value of each dimension into found (2, dim). spare: (threads, 2, dim).
+bool extremes(const QuantizationKernels& kernels, const Vectors& x, int threads, float* found, float* spare);
 
 }  // namespace leafkern

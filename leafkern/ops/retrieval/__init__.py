@@ -132,7 +132,7 @@ def _float_search(
     choose("retrieval", {"reference": None})
     rows: Callable
     if isinstance(base, Quantized) and base.precision == "fp8":
-        codes, scale, _ = quantization.quantize(queries, "fp8", None)
+        codes, scale = quantization.fp8(queries)
         queries = codes.float() * scale[:, None]
 
         def rows(start, stop):
