@@ -196,13 +196,14 @@ PYBIND11_MODULE(_C, module) {
                    return search_workspace(*chosen.search, search_arguments(form, dim, flip, queries, count, stride, k, threads));
                });
     module.def("search", [](int form, int dim, int flip, int64_t queries, int64_t count, int64_t stride, int k,
-                            int threads, uintptr_t u, uintptr_t rows, uintptr_t scores, uintptr_t ids,
-                            uintptr_t workspace, size_t workspace_bytes) {
+                            int threads, uintptr_t u, uintptr_t rows, uintptr_t allowed, uintptr_t scores,
+                            uintptr_t ids, uintptr_t workspace, size_t workspace_bytes) {
         SearchArguments a = search_arguments(form, dim, flip, queries, count, stride, k, threads);
         const SearchKernels& kernels = *chosen.search;
         if (workspace_bytes < search_workspace(kernels, a)) throw std::invalid_argument("search: workspace too small");
         a.u = reinterpret_cast<const int8_t*>(u);
         a.rows = reinterpret_cast<const uint8_t*>(rows);
+        a.allowed = reinterpret_cast<const uint8_t*>(allowed);
         a.scores = reinterpret_cast<int32_t*>(scores);
         a.ids = reinterpret_cast<int64_t*>(ids);
         py::gil_scoped_release released;

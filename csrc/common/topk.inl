@@ -2,6 +2,7 @@
 
 // Keys order as (score, then lower id). Call only with score > thresholds[query] and ids rising per query.
 void keep(Keeper* keeper, int query, int32_t score, int64_t id) {
+    if (keeper->allowed != nullptr && !keeper->allowed[id]) return;
     const int k = keeper->k;
     int64_t* heap = keeper->keys + static_cast<int64_t>(query) * k;
     const int64_t key = static_cast<int64_t>(score) * (1ll << 32) + (0xFFFFFFFFll - id);

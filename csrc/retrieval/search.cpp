@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 
@@ -15,40 +16,38 @@ constexpr size_t kQueryBytes = 384 << 10;     // packed queries stay in the seco
 constexpr size_t kKeeperBytes = 64 << 20;
 constexpr int64_t kChunkBytes = 256 << 10;    // of base, claimed by a thread at a time
 constexpr int64_t kThreadWork = 1 << 20;      // bytes of base times queries below which a thread is not worth waking
-
-// Bytes that a kernel may read of one row.
-int64_t row_bytes(Form form, int dim) {
-    const int64_t vectors = (dim + 31) / 32;
-    switch (form) {
-        case Form::int8: return vectors * 32;
-        case Form::int4: return vectors * 16;
-        case Form::bits: return vectors * 4;
-        default: return (dim + 63) / 64 * 8;
-    }
-}
+constexpr int64_t kGap = 64;                  // rows of which none is allowed that are worth passing over
 
 int64_t stored_bytes(Form form, int dim) {
     return form == Form::int8 ? dim : form == Form::int4 ? (dim + 1) / 2 : (dim + 7) / 8;
 }
 
+const FormKernels& form_of(const SearchKernels& kernels, const SearchArguments& a) {
+    return kernels.forms[static_cast<int>(a.form)];
+}
+
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct Layout {
+    int64_t row;    // bytes that a kernel may read of one
     int64_t block;  // queries at a time
     int slots;
     int64_t tail;  // rows at the end of the base of which a kernel would read beyond the buffer
     size_t packed, scratch, tail_rows, keys, numbers;
 
     Layout(const SearchKernels& kernels, const SearchArguments& a) {
-        const int64_t row = row_bytes(a.form, a.dim), excess = row - stored_bytes(a.form, a.dim);
+        const FormKernels& form = form_of(kernels, a);
+        row = form.row_bytes(a.dim);
+        const int64_t excess = row - stored_bytes(a.form, a.dim);
         tail = std::min(a.count, (excess + a.stride - 1) / std::max<int64_t>(a.stride, 1));
         const int64_t work = a.count * row * std::max<int64_t>(a.queries, 1);
         slots = static_cast<int>(std::clamp<int64_t>(work / kThreadWork, 1, std::max(a.threads, 1)));
         const int64_t by_keepers = kKeeperBytes / (sizeof(int64_t) * a.k * slots);
-        block = std::clamp<int64_t>(kQueryBytes / row, 12, 1536);
+        const int64_t query_bytes = form.packed_size(a.dim, 64) / 64;
+        block = std::clamp<int64_t>(kQueryBytes / query_bytes, 12, 1536);
         block = std::max<int64_t>(1, std::min({block, by_keepers, a.queries}));
-        packed = aligned(kernels.packed_size(a.form, a.dim, static_cast<int>(block)));
-        scratch = aligned(kernels.scratch_size(a.form, a.dim));
+        packed = aligned(form.packed_size(a.dim, static_cast<int>(block)));
+        scratch = aligned(form.scratch_size(a.dim, static_cast<int>(block)));
         tail_rows = aligned(tail * row);
         keys = aligned(sizeof(int64_t) * a.k * block * slots);
         numbers = aligned(sizeof(int32_t) * block * slots);
@@ -57,7 +56,7 @@ struct Layout {
 };
 
 struct Pass {
-    const SearchKernels& kernels;
+    const FormKernels& form;
     const SearchArguments& a;
     const Layout& layout;
     unsigned char *packed, *scratch, *tail_rows;
@@ -69,29 +68,49 @@ struct Pass {
 
     Keeper keeper(int slot) const {
         const int64_t first = slot * layout.block;
-        return {keys + first * a.k, counts + first, thresholds + first, a.k};
+        return {keys + first * a.k, counts + first, thresholds + first, a.k, a.allowed};
+    }
+
+    // Offers rows [begin, end) of those at `rows`, which are numbered from `first` on.
+    void offer(const uint8_t* rows, int64_t stride, int64_t first, int64_t begin, int64_t end, Keeper* kept,
+               unsigned char* space) const {
+        while (begin < end) {
+            int64_t stop = end;
+            if (a.allowed != nullptr) {
+                const uint8_t* allowed = a.allowed + first;
+                const auto none = [&](int64_t from, int64_t to) {
+                    return std::memchr(allowed + from, 1, to - from) == nullptr;
+                };
+                while (begin < end && none(begin, std::min(begin + kGap, end))) begin = std::min(begin + kGap, end);
+                for (stop = begin; stop < end && !none(stop, std::min(stop + kGap, end));)
+                    stop = std::min(stop + kGap, end);
+            }
+            if (begin < stop)
+                form.scan(a.dim, packed, queries, a.flip, rows + begin * stride, stride, stop - begin, first + begin,
+                          kept, space);
+            begin = stop;
+        }
     }
 
     void scan(int64_t index, int slot) const {
         Keeper kept = keeper(slot);
         unsigned char* space = scratch + slot * layout.scratch;
-        const int64_t direct = a.count - layout.tail, begin = index * chunk;
-        const int64_t end = std::min(begin + chunk, direct);
-        if (begin < end)
-            kernels.scan(a.form, a.dim, packed, queries, a.flip, a.rows + begin * a.stride, a.stride, end - begin,
-                         begin, &kept, space);
-        if (end == direct && layout.tail > 0)
-            kernels.scan(a.form, a.dim, packed, queries, a.flip, tail_rows, row_bytes(a.form, a.dim), layout.tail,
-                         direct, &kept, space);
+        const int64_t direct = a.count - layout.tail, end = std::min((index + 1) * chunk, direct);
+        offer(a.rows, a.stride, 0, index * chunk, end, &kept, space);
+        if (end == direct) offer(tail_rows, layout.row, direct, 0, layout.tail, &kept, space);
     }
 
-    // S of the kernels -> I.
-    int64_t score(int64_t query, int64_t s) const {
-        if (a.form == Form::hamming) return a.dim + 2 * s;
-        int64_t sum = 0;
-        for (int d = 0; d < a.dim; ++d) sum += a.u[query * a.dim + d];
-        if (a.form == Form::bits) return 2 * s - sum;
-        return s - (a.form == Form::int8 ? 128 : 8) * sum;
+    // I = zero + factor*S.
+    int64_t factor() const { return a.form == Form::hamming || a.form == Form::bits ? 2 : 1; }
+    int64_t zero(int64_t query) const {
+        if (a.form == Form::hamming) return -a.dim;
+        int64_t sum = 0, sizes = 0;
+        for (int d = 0; d < a.dim; ++d) {
+            const int u = a.u[query * a.dim + d];
+            sum += u;
+            sizes += std::abs(u);
+        }
+        return a.form == Form::bits ? -sizes : (a.form == Form::int8 ? -128 : -8) * sum;
     }
 
     void merge(int64_t query) const {
@@ -106,11 +125,11 @@ struct Pass {
             std::sort(keys_of, keys_of + more, std::greater<int64_t>());
             kept = merge_into(best, kept, keys_of, more);
         }
-        const int64_t row = first_query + query, zero = score(row, 0);
-        const int64_t factor = a.form == Form::hamming || a.form == Form::bits ? 2 : 1;
+        const int64_t row = first_query + query, add = zero(row);
         for (int64_t place = 0; place < a.k; ++place) {
-            a.scores[row * a.k + place] = static_cast<int32_t>(zero + factor * (best[place] >> 32));
-            a.ids[row * a.k + place] = 0xFFFFFFFFll - (best[place] & 0xFFFFFFFFll);
+            const bool found = place < kept;
+            a.scores[row * a.k + place] = found ? static_cast<int32_t>(add + factor() * (best[place] >> 32)) : INT_MIN;
+            a.ids[row * a.k + place] = found ? 0xFFFFFFFFll - (best[place] & 0xFFFFFFFFll) : -1;
         }
     }
 
@@ -134,22 +153,24 @@ size_t search_workspace(const SearchKernels& kernels, const SearchArguments& a) 
 
 void search(const SearchKernels& kernels, const SearchArguments& a, unsigned char* workspace) {
     const Layout layout(kernels, a);
-    Pass pass{kernels, a, layout, workspace, workspace + layout.packed, nullptr, nullptr, nullptr, nullptr, 0, 0, 0};
+    Pass pass{form_of(kernels, a), a, layout, workspace, workspace + layout.packed, nullptr, nullptr, nullptr, nullptr, 0, 0, 0};
     pass.tail_rows = pass.scratch + layout.scratch * layout.slots;
     pass.keys = reinterpret_cast<int64_t*>(pass.tail_rows + layout.tail_rows);
     pass.counts = reinterpret_cast<int32_t*>(reinterpret_cast<unsigned char*>(pass.keys) + layout.keys);
     pass.thresholds = reinterpret_cast<int32_t*>(reinterpret_cast<unsigned char*>(pass.counts) + layout.numbers);
-    const int64_t row = row_bytes(a.form, a.dim), stored = stored_bytes(a.form, a.dim);
+    const int64_t row = layout.row, stored = stored_bytes(a.form, a.dim);
     const int64_t direct = a.count - layout.tail;
     std::memset(pass.tail_rows, 0, layout.tail_rows);
     for (int64_t i = 0; i < layout.tail; ++i)
         std::memcpy(pass.tail_rows + i * row, a.rows + (direct + i) * a.stride, stored);
-    pass.chunk = std::clamp<int64_t>(direct / (8 * layout.slots), 16, std::max<int64_t>(kChunkBytes / row, 16));
+    // Whole blocks of 128 rows, which bits are looked up in.
+    pass.chunk = std::clamp<int64_t>(direct / (8 * layout.slots), 1, std::max<int64_t>(kChunkBytes / row, 1));
+    pass.chunk = (pass.chunk + 127) / 128 * 128;
     const int64_t chunks = std::max<int64_t>((direct + pass.chunk - 1) / pass.chunk, 1);
     for (int64_t first = 0; first < a.queries; first += layout.block) {
         pass.first_query = first;
         pass.queries = static_cast<int>(std::min(layout.block, a.queries - first));
-        kernels.pack(a.form, a.dim, a.u + first * a.dim, pass.queries, a.flip, pass.packed);
+        pass.form.pack(a.dim, a.u + first * a.dim, pass.queries, a.flip, pass.packed);
         std::fill_n(pass.counts, layout.block * layout.slots, 0);
         std::fill_n(pass.thresholds, layout.block * layout.slots, INT_MIN);
         parallel(

@@ -27,19 +27,29 @@ struct Keeper {
     int32_t* counts;      // (queries,)
     int32_t* thresholds;  // (queries,): only higher scores enter; INT32_MIN until k are kept
     int k;
+    const uint8_t* allowed;  // per row number, whether it may be kept; null: all may
 };
 
-// What each instruction set offers. `flip` is xor-ed to every byte of base (0x80 where bytes are stored minus 128).
+// One form of base. Each function is given the same `queries` as those that it works with. `flip` is xor-ed to every
+// byte of base (0x80 where bytes are stored minus 128).
+struct FormKernels {
+    // Bytes that scan() may read of one row.
+    int64_t (*row_bytes)(int dim);
+    // Bytes that the packed form of `queries` queries takes (a multiple of 64).
+    size_t (*packed_size)(int dim, int queries);
+    // Bytes of working space that one thread's scan needs (a multiple of 32).
+    size_t (*scratch_size)(int dim, int queries);
+    // given: (queries, dim) contiguous.
+    void (*pack)(int dim, const void* given, int queries, uint8_t flip, unsigned char* packed);
+    // Offers `count` rows, numbered from first_id up, to the keeper.
+    void (*scan)(int dim, const unsigned char* packed, int queries, uint8_t flip, const uint8_t* rows, int64_t stride,
+                 int64_t count, int64_t first_id, Keeper* keeper, unsigned char* scratch);
+};
+
+// What each instruction set offers, by Form.
 struct SearchKernels {
     const char* isa;
-    // Bytes that the packed form of `queries` queries takes (a multiple of 64).
-    size_t (*packed_size)(Form form, int dim, int queries);
-    // Bytes of working space that one thread's scan needs (a multiple of 32).
-    size_t (*scratch_size)(Form form, int dim);
-    void (*pack)(Form form, int dim, const int8_t* u, int queries, uint8_t flip, unsigned char* packed);
-    // Offers `count` rows, numbered from first_id up, to the keeper. Rows are read up to row_bytes() each.
-    void (*scan)(Form form, int dim, const unsigned char* packed, int queries, uint8_t flip, const uint8_t* rows,
-                 int64_t stride, int64_t count, int64_t first_id, Keeper* keeper, unsigned char* scratch);
+    FormKernels forms[4];
 };
 
 namespace portable { extern const SearchKernels search_kernels; }
@@ -55,10 +65,11 @@ struct SearchArguments {
     int64_t queries;
     const uint8_t* rows;  // (count, ...), each row contiguous, `stride` bytes apart
     int64_t count, stride;
-    int k;  // <= min(count, kMaxK)
+    const uint8_t* allowed;  // (count,), 0 or 1: rows that may be found; null: all
+    int k;                   // <= min(count, kMaxK)
     int threads;
-    int32_t* scores;  // (queries, k)
-    int64_t* ids;     // (queries, k)
+    int32_t* scores;  // (queries, k); INT32_MIN where fewer rows are allowed
+    int64_t* ids;     // (queries, k); -1 there
 };
 
 size_t search_workspace(const SearchKernels& kernels, const SearchArguments& arguments);

@@ -115,11 +115,12 @@ from leafkern import _C
 rng = np.random.default_rng(0)
 codes = rng.integers(-128, 128, (20000, 128), dtype=np.int8)
 u = rng.integers(-63, 64, (4, 128), dtype=np.int8)
+allowed = rng.random(20000) < 0.5
 def search(threads):
     scores, ids = np.empty((4, 10), np.int32), np.empty((4, 10), np.int64)
     sizes = (0, 128, 0, 4, 20000, 128, 10, threads)
     space = np.empty(_C.search_workspace(*sizes) + 64, np.uint8)
-    pointers = [part.ctypes.data for part in (u, codes, scores, ids, space)]
+    pointers = [part.ctypes.data for part in (u, codes, allowed, scores, ids, space)]
     _C.search(*sizes, *pointers, len(space))
     return ids
 student, teacher = rng.standard_normal((2, 300, 300)), rng.standard_normal((300, 300)).round(2)

@@ -28,7 +28,7 @@ def assert_exact(u, codes, k, bits, query_bits, threads=1):
     expected, expected_ids = reference.brute(u, reference.decode(codes, bits, u.shape[1]), k)
     for scores, ids in (
         reference.blocked(u, codes, k, bits),
-        *([native.search(u, codes, k, bits, query_bits, threads)] if C is not None and k <= C.MAX_K else []),
+        *([native.search(u, codes, k, bits, query_bits, threads=threads)] if C is not None and k <= C.MAX_K else []),
     ):
         assert scores.dtype == torch.int32
         assert torch.equal(scores.double(), expected)
@@ -166,7 +166,7 @@ def test_reads_nothing_beyond_the_last_row(bits, tmp_path):
     u = random_queries(5, dim, 8)
     for part in (mapped, mapped[-5:], mapped[-1:]):
         expected = reference.brute(u, reference.decode(part, bits, dim), 4)
-        scores, ids = native.search(u, part, 4, bits, 8, 2)
+        scores, ids = native.search(u, part, 4, bits, 8, threads=2)
         assert torch.equal(scores.double(), expected[0])
         assert torch.equal(ids, expected[1])
 
@@ -482,12 +482,12 @@ def test_another_default_device_changes_nothing():
 def test_several_python_threads_at_once():
     codes = random_codes(5000, 128, 8)
     queries = [random_queries(4, 128, 8) for _ in range(6)]
-    expected = [native.search(u, codes, 10, 8, 8, 1) for u in queries]
+    expected = [native.search(u, codes, 10, 8, 8, threads=1) for u in queries]
     wrong = []
 
     def work(i):
         for _ in range(20):
-            scores, ids = native.search(queries[i], codes, 10, 8, 8, 4)
+            scores, ids = native.search(queries[i], codes, 10, 8, 8, threads=4)
             if not (torch.equal(scores, expected[i][0]) and torch.equal(ids, expected[i][1])):
                 wrong.append(i)
 
@@ -508,15 +508,15 @@ from leafkern.ops.retrieval import native
 torch.manual_seed(0)
 codes = torch.randint(-128, 128, (20000, 128), dtype=torch.int8)
 u = torch.randint(-63, 64, (4, 128), dtype=torch.int8)
-expected = native.search(u, codes, 10, 8, 8, 4)
+expected = native.search(u, codes, 10, 8, 8, threads=4)
 for _ in range(3):
     child = os.fork()
     if child == 0:
         signal.alarm(20)
-        found = native.search(u, codes, 10, 8, 8, 4)
+        found = native.search(u, codes, 10, 8, 8, threads=4)
         os._exit(0 if all(torch.equal(a, b) for a, b in zip(found, expected)) else 3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert torch.equal(native.search(u, codes, 10, 8, 8, 4)[1], expected[1])
+    assert torch.equal(native.search(u, codes, 10, 8, 8, threads=4)[1], expected[1])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ def assert_exact(u, codes, k, bits, query_bits, allowed, threads=1):
     scores = torch.nn.functional.pad(scores, (0, missing), value=INTEGER_MIN)
     ids = torch.nn.functional.pad(rows[places], (0, missing), value=-1)
     found = [reference.blocked(u, codes, k, bits, allowed)]
-    if C is not None and native.unsuited(u, codes, k, allowed) is None:
+    if C is not None and native.unsuited(u, codes, k) is None:
         found.append(native.search(u, codes, k, bits, query_bits, allowed, threads))
     for integers, found_ids in found:
         assert torch.equal(integers.double(), scores)

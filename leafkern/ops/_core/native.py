@@ -38,7 +38,7 @@ def unavailable() -> str | None:
 
 
 def huge(x: torch.Tensor) -> torch.Tensor:
-    """`x`, new and contiguous on CPU, with huge pages asked for: its first writing is faster, and so is each reading."""
+    """`x`, new and contiguous on CPU, with huge pages asked for: writing it first, and each reading, is faster."""
     module, _ = library()
     if module is not None and x.device.type == "cpu":
         module.advise_huge(x.data_ptr(), x.nbytes)

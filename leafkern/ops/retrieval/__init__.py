@@ -54,9 +54,9 @@ def _integer_search(
     _check_integers(u, codes, k, bits, query_bits, allowed)
     candidates = {"reference": None}
     if u.device.type == "cpu":
-        candidates = {"native": native.unsuited(u, codes, k, allowed), **candidates}
+        candidates = {"native": native.unsuited(u, codes, k), **candidates}
     if choose("retrieval", candidates) == "native":
-        return native.search(u, codes, k, bits, query_bits)
+        return native.search(u, codes, k, bits, query_bits, allowed)
     return reference.blocked(u, codes, k, bits, allowed)
 
 

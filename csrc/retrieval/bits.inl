@@ -1,0 +1,392 @@
+// Bits against 7-bit or sign queries. S is the sum of u*b less the least that it can be: I = 2*S - sum |u|.
+//
+// Four dimensions of a row are a place in a table of 16 entries that each query brings for them: the group's share of
+// S, at most 4*63. Rows are turned so that 32 of them are looked up at once (vpshufb). Entries of a run of groups are
+// summed in 8 bits, runs of a segment in 16; packing chooses both by the query itself so that no sum can overflow.
+// One query of signs alone counts bits instead: turning the rows would cost more than it saves.
+
+constexpr int kTurned = 16;              // bytes of a row that are turned at once
+constexpr int kNibbleBytes = 24 << 10;   // of turned rows, kept in the first-level cache while all queries pass over it
+constexpr int kRuns[] = {63, 32, 16, 12, 8, 6, 5, 4, 3, 2, 1};
+
+int bytes_of(int dim) { return (dim + 7) / 8; }
+int groups_of(int dim) { return 2 * bytes_of(dim); }
+
+int64_t bits_row_bytes(int dim) { return (bytes_of(dim) + kTurned - 1) / kTurned * kTurned; }
+
+// How many times 32 rows are turned together: they share each table that is loaded.
+int parts_of(int dim) {
+    const int bytes = groups_of(dim) * 32;
+    return bytes * 4 <= kNibbleBytes ? 4 : bytes * 2 <= kNibbleBytes ? 2 : 1;
+}
+
+struct Runs {
+    int32_t run, segment;  // groups; a segment is a multiple of a run, or all
+};
+
+// Per query its Runs; then, query by query, a table for every group: first the four dimensions of a byte's high bits.
+struct Tables {
+    int groups;
+    const Runs* runs;
+    const uint8_t* entries;
+
+    Tables(const unsigned char* packed, int dim, int queries)
+        : groups(groups_of(dim)),
+          runs(reinterpret_cast<const Runs*>(packed)),
+          entries(packed + aligned(sizeof(Runs) * queries)) {}
+    const uint8_t* of(int query) const { return entries + static_cast<int64_t>(query) * groups * 16; }
+};
+
+size_t tables_packed_size(int dim, int queries) {
+    return aligned(sizeof(Runs) * queries) + static_cast<size_t>(queries) * groups_of(dim) * 16;
+}
+
+size_t tables_scratch_size(int dim, int) { return static_cast<size_t>(parts_of(dim)) * groups_of(dim) * 32; }
+
+// largest: per group, its table's largest entry.
+Runs runs_of(const uint8_t* tables, int groups) {
+    const auto largest = [&](int group) {
+        int found = 0;
+        for (int i = 0; i < 16; ++i)
+            if (tables[group * 16 + i] > found) found = tables[group * 16 + i];
+        return found;
+    };
+    int64_t total = 0;
+    bool safe[sizeof(kRuns) / sizeof(kRuns[0])];
+    int sums[sizeof(kRuns) / sizeof(kRuns[0])] = {};
+    for (bool& each : safe) each = true;
+    for (int group = 0; group < groups; ++group) {
+        const int here = largest(group);
+        total += here;
+        for (size_t i = 0; i < sizeof(kRuns) / sizeof(kRuns[0]); ++i) {
+            sums[i] = (group % kRuns[i] == 0 ? 0 : sums[i]) + here;
+            if (sums[i] > 255) safe[i] = false;
+        }
+    }
+    int chosen = 0;
+    while (!safe[chosen]) ++chosen;
+    // 260 groups of at most 4*63 stay below 2^16 - 1.
+    return {kRuns[chosen], total < 65535 ? groups : 260 / kRuns[chosen] * kRuns[chosen]};
+}
+
+template <bool kSigns>
+void pack_tables(int dim, const void* given, int queries, uint8_t flip, unsigned char* packed) {
+    const Tables view(packed, dim, queries);
+    const int8_t* u = static_cast<const int8_t*>(given);
+    for (int query = 0; query < queries; ++query, u += dim) {
+        uint8_t* tables = const_cast<uint8_t*>(view.of(query));
+        for (int group = 0; group < view.groups; ++group) {
+            // Flipped bits swap entries.
+            const int flipped = flip >> (group % 2 == 0 ? 4 : 0) & 15;
+            int values[4], least_sum = 0, sums[16] = {};
+            for (int i = 0; i < 4; ++i) {
+                const int d = 4 * group + i;
+                values[i] = d >= dim ? 0 : kSigns ? (u[d] > 0 ? 1 : -1) : u[d];
+                least_sum += values[i] < 0 ? values[i] : 0;
+            }
+            for (int place = 0; place < 16; ++place) {
+                for (int i = 0; i < 4; ++i) sums[place] += place >> (3 - i) & 1 ? values[i] : 0;
+                tables[group * 16 + (place ^ flipped)] = static_cast<uint8_t>(sums[place] - least_sum);
+            }
+        }
+        const_cast<Runs*>(view.runs)[query] = runs_of(tables, view.groups);
+    }
+}
+
+#if defined(__AVX2__)
+
+// Sixteen bytes of 32 rows, rows i and i + 16 in the two halves of x[i] -> byte i of all of them, in order.
+inline void turn(__m256i* x) {
+    __m256i y[16];
+#pragma GCC unroll 4
+    for (int stage = 0; stage < 4; ++stage) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            y[2 * i] = _mm256_unpacklo_epi8(x[i], x[i + 8]);
+            y[2 * i + 1] = _mm256_unpackhi_epi8(x[i], x[i + 8]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) x[i] = y[i];
+    }
+}
+
+// Four bits of every row to a byte: for each group `parts` times 32 rows. Fewer rows than 32*parts: the last is
+// repeated.
+template <int kParts>
+void turn_rows(const uint8_t* rows, int64_t stride, int64_t count, int bytes, uint8_t* nibbles) {
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int part = 0; part < kParts; ++part)
+        for (int begin = 0; begin < bytes; begin += kTurned) {
+            __m256i x[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) {
+                const uint8_t* first = rows + least<int64_t>(part * 32 + i, count - 1) * stride + begin;
+                const uint8_t* second = rows + least<int64_t>(part * 32 + i + 16, count - 1) * stride + begin;
+                x[i] = _mm256_inserti128_si256(
+                    _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(first))),
+                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(second)), 1);
+            }
+            turn(x);
+            __m256i* out = reinterpret_cast<__m256i*>(nibbles) + 2 * begin * kParts + part;
+            const int here = least(kTurned, bytes - begin);
+            for (int i = 0; i < here; ++i, out += 2 * kParts) {
+                _mm256_storeu_si256(out, _mm256_and_si256(_mm256_srli_epi16(x[i], 4), low));
+                _mm256_storeu_si256(out + kParts, _mm256_and_si256(x[i], low));
+            }
+        }
+}
+
+// S of 32*kParts rows over `groups` groups: even rows in low, odd ones in high. kRun 0: runs of `run`.
+template <int kParts, int kRun>
+inline void look_up(const uint8_t* nibbles, const uint8_t* tables, int64_t groups, int64_t run, __m256i* low,
+                    __m256i* high) {
+    __m256i all[kParts], odd[kParts], sums[kParts];
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) all[part] = odd[part] = _mm256_setzero_si256();
+    const auto add = [&](int64_t group, bool first) {
+        const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tables) + group);
+        const __m256i both = _mm256_broadcastsi128_si256(table);
+        const __m256i* places = reinterpret_cast<const __m256i*>(nibbles) + group * kParts;
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) {
+            const __m256i entries = _mm256_shuffle_epi8(both, _mm256_loadu_si256(places + part));
+            sums[part] = first ? entries : _mm256_add_epi8(sums[part], entries);
+        }
+    };
+    // The 16-bit sums of `all` hold the odd rows too, times 256, which are taken out at the end.
+    const auto widen = [&] {
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) {
+            all[part] = _mm256_add_epi16(all[part], sums[part]);
+            odd[part] = _mm256_add_epi16(odd[part], _mm256_srli_epi16(sums[part], 8));
+        }
+    };
+    int64_t group = 0;
+    const int64_t step = kRun > 0 ? kRun : run;
+    for (; group + step <= groups; group += step) {
+        add(group, true);
+#pragma GCC unroll 4
+        for (int64_t i = 1; i < step; ++i) add(group + i, false);
+        widen();
+    }
+    if (group < groups) {
+        add(group, true);
+        for (++group; group < groups; ++group) add(group, false);
+        widen();
+    }
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+        low[part] = _mm256_sub_epi16(all[part], _mm256_slli_epi16(odd[part], 8));
+        high[part] = odd[part];
+    }
+}
+
+template <int kParts>
+inline void look_up_runs(const uint8_t* nibbles, const uint8_t* tables, int64_t groups, int run, __m256i* low,
+                         __m256i* high) {
+    switch (run) {
+        case 1: return look_up<kParts, 1>(nibbles, tables, groups, run, low, high);
+        case 2: return look_up<kParts, 2>(nibbles, tables, groups, run, low, high);
+        case 3: return look_up<kParts, 3>(nibbles, tables, groups, run, low, high);
+        case 4: return look_up<kParts, 4>(nibbles, tables, groups, run, low, high);
+        default: return look_up<kParts, 0>(nibbles, tables, groups, run, low, high);
+    }
+}
+
+// Keeps those of 32 rows whose S is above the threshold; values: even rows first, then odd ones.
+void keep_some(uint32_t candidates, const uint16_t* values, int64_t first_id, Keeper* keeper, int query) {
+    for (; candidates; candidates &= candidates - 1) {
+        const int row = _mm_popcnt_u32((candidates & (0u - candidates)) - 1);
+        const int32_t value = values[row % 2 * 16 + row / 2];
+        if (value > keeper->thresholds[query]) keep(keeper, query, value, first_id + row);
+    }
+}
+
+template <int kParts>
+void scan_segment(const uint8_t* nibbles, const uint8_t* tables, Runs runs, int64_t groups, int64_t count,
+                  int64_t first_id, Keeper* keeper, int query) {
+    __m256i low[kParts], high[kParts];
+    look_up_runs<kParts>(nibbles, tables, groups, runs.run, low, high);
+    __m256i best = _mm256_max_epu16(low[0], high[0]);
+    for (int part = 1; part < kParts; ++part)
+        best = _mm256_max_epu16(best, _mm256_max_epu16(low[part], high[part]));
+    const int32_t threshold = keeper->thresholds[query];
+    const __m256i needed = _mm256_set1_epi16(static_cast<short>(threshold < 0 ? 0 : least(threshold + 1, 65535)));
+    const auto enough = [&](__m256i x) { return _mm256_cmpeq_epi16(_mm256_max_epu16(x, needed), x); };
+    if (_mm256_testz_si256(enough(best), enough(best))) return;
+    for (int part = 0; part < kParts && part * 32 < count; ++part) {
+        const __m256i odd = _mm256_set1_epi16(static_cast<short>(0xFF00));
+        uint32_t found = _mm256_movemask_epi8(_mm256_blendv_epi8(enough(low[part]), enough(high[part]), odd));
+        if (count < part * 32 + 32) found &= (1u << (count - part * 32)) - 1;
+        if (!found) continue;
+        uint16_t values[32];
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), low[part]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + 16), high[part]);
+        keep_some(found, values, first_id + part * 32, keeper, query);
+    }
+}
+
+// Where 16 bits don't hold the sum of all groups.
+template <int kParts>
+void scan_segments(const uint8_t* nibbles, const uint8_t* tables, Runs runs, int64_t groups, int64_t count,
+                   int64_t first_id, Keeper* keeper, int query) {
+    int32_t sums[kParts * 32] = {};
+    for (int64_t begin = 0; begin < groups; begin += runs.segment) {
+        __m256i low[kParts], high[kParts];
+        look_up_runs<kParts>(nibbles + begin * kParts * 32, tables + begin * 16,
+                             least<int64_t>(runs.segment, groups - begin), runs.run, low, high);
+        for (int part = 0; part < kParts; ++part) {
+            uint16_t values[32];
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), low[part]);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + 16), high[part]);
+            for (int row = 0; row < 32; ++row) sums[part * 32 + row] += values[row % 2 * 16 + row / 2];
+        }
+    }
+    for (int64_t row = 0; row < count; ++row)
+        if (sums[row] > keeper->thresholds[query]) keep(keeper, query, sums[row], first_id + row);
+}
+
+template <int kParts>
+void scan_parts(const Tables& view, int bytes, int queries, const uint8_t* rows, int64_t stride, int64_t count,
+                int64_t first_id, Keeper* keeper, uint8_t* nibbles) {
+    for (int64_t begin = 0; begin < count; begin += 32 * kParts) {
+        const int64_t now = least<int64_t>(32 * kParts, count - begin);
+        turn_rows<kParts>(rows + begin * stride, stride, now, bytes, nibbles);
+        for (int query = 0; query < queries; ++query) {
+            const Runs runs = view.runs[query];
+            const auto scan = runs.segment == view.groups ? scan_segment<kParts> : scan_segments<kParts>;
+            scan(nibbles, view.of(query), runs, view.groups, now, first_id + begin, keeper, query);
+        }
+    }
+}
+
+void scan_tables(int dim, const unsigned char* packed, int queries, uint8_t, const uint8_t* rows, int64_t stride,
+                 int64_t count, int64_t first_id, Keeper* keeper, unsigned char* nibbles) {
+    const int parts = parts_of(dim);
+    const auto scan = parts == 4 ? scan_parts<4> : parts == 2 ? scan_parts<2> : scan_parts<1>;
+    scan(Tables(packed, dim, queries), bytes_of(dim), queries, rows, stride, count, first_id, keeper, nibbles);
+}
+
+#else
+
+void scan_tables(int dim, const unsigned char* packed, int queries, uint8_t, const uint8_t* rows, int64_t stride,
+                 int64_t count, int64_t first_id, Keeper* keeper, unsigned char* nibbles) {
+    const Tables view(packed, dim, queries);
+    const int64_t block = static_cast<int64_t>(parts_of(dim)) * 32;
+    for (int64_t begin = 0; begin < count; begin += block) {
+        const int64_t now = least(block, count - begin);
+        for (int64_t row = 0; row < now; ++row)
+            for (int group = 0; group < view.groups; ++group)
+                nibbles[row * view.groups + group] =
+                    rows[(begin + row) * stride + group / 2] >> (group % 2 == 0 ? 4 : 0) & 15;
+        for (int query = 0; query < queries; ++query) {
+            const uint8_t* tables = view.of(query);
+            for (int64_t row = 0; row < now; ++row) {
+                int32_t sum = 0;
+                for (int group = 0; group < view.groups; ++group)
+                    sum += tables[group * 16 + nibbles[row * view.groups + group]];
+                if (sum > keeper->thresholds[query]) keep(keeper, query, sum, first_id + begin + row);
+            }
+        }
+    }
+}
+
+#endif
+
+constexpr FormKernels kBits = {bits_row_bytes, tables_packed_size, tables_scratch_size, pack_tables<false>,
+                               scan_tables};
+
+// ---- Signs against bits by counting those that differ: S = D - distance.
+
+int words_of(int dim) { return (dim + 63) / 64; }
+
+uint64_t load_word(const uint8_t* bytes) {
+    uint64_t word;
+    std::memcpy(&word, bytes, 8);
+    return word;
+}
+
+int popcount(uint64_t x) {
+#if defined(__AVX2__)
+    return static_cast<int>(_mm_popcnt_u64(x));
+#else
+    x -= (x >> 1) & 0x5555555555555555;
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333);
+    return static_cast<int>(((x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101 >> 56);
+#endif
+}
+
+bool counted(int queries) {
+#if defined(__AVX2__)
+    return queries == 1;
+#else
+    return queries > 0;
+#endif
+}
+
+size_t signs_packed_size(int dim, int queries) {
+    if (!counted(queries)) return tables_packed_size(dim, queries);
+    return aligned((static_cast<size_t>(queries) * words_of(dim) + 1) * 8);
+}
+
+size_t signs_scratch_size(int dim, int queries) { return counted(queries) ? 0 : tables_scratch_size(dim, queries); }
+
+// Sign bits of each query, xor-ed with flip, then one word that masks the unused bits of a row's last word.
+void pack_signs(int dim, const void* given, int queries, uint8_t flip, unsigned char* packed) {
+    if (!counted(queries)) return pack_tables<true>(dim, given, queries, flip, packed);
+    const int8_t* u = static_cast<const int8_t*>(given);
+    const int words = words_of(dim);
+    const size_t bytes = static_cast<size_t>(words) * 8;
+    for (int q = 0; q < queries; ++q) {
+        unsigned char* bits = packed + q * bytes;
+        std::memset(bits, 0, bytes);
+        for (int d = 0; d < dim; ++d)
+            if (u[static_cast<int64_t>(q) * dim + d] > 0) bits[d / 8] |= static_cast<unsigned char>(0x80 >> d % 8);
+        for (size_t i = 0; i < bytes; ++i) bits[i] ^= flip;
+    }
+    unsigned char* mask = packed + queries * bytes;
+    std::memset(mask, 0, 8);
+    for (int d = (words - 1) * 64; d < dim; ++d) mask[d % 64 / 8] |= static_cast<unsigned char>(0x80 >> d % 8);
+}
+
+// W words per row (0: as many as D takes).
+template <int W>
+void scan_words(int dim, const uint64_t* packed, int queries, const uint8_t* rows, int64_t stride, int64_t count,
+                int64_t first_id, Keeper* keeper) {
+    const int n = W > 0 ? W : words_of(dim);
+    const uint64_t mask = packed[static_cast<int64_t>(queries) * n];
+    const int64_t block = queries == 1 ? count : kNibbleBytes / (n * 8) + 1;
+    for (int64_t begin = 0; begin < count; begin += block) {
+        const int64_t end = least(begin + block, count);
+        for (int query = 0; query < queries; ++query) {
+            const uint64_t* bits = packed + static_cast<int64_t>(query) * n;
+            int32_t threshold = keeper->thresholds[query];
+            for (int64_t row = begin; row < end; ++row) {
+                const uint8_t* here = rows + row * stride;
+                int same = dim - popcount((load_word(here + (n - 1) * 8) ^ bits[n - 1]) & mask);
+#pragma GCC unroll 16
+                for (int w = 0; w < n - 1; ++w) same -= popcount(load_word(here + w * 8) ^ bits[w]);
+                if (same > threshold) {
+                    keep(keeper, query, same, first_id + row);
+                    threshold = keeper->thresholds[query];
+                }
+            }
+        }
+    }
+}
+
+void scan_signs(int dim, const unsigned char* packed, int queries, uint8_t flip, const uint8_t* rows, int64_t stride,
+                int64_t count, int64_t first_id, Keeper* keeper, unsigned char* scratch) {
+    if (!counted(queries))
+        return scan_tables(dim, packed, queries, flip, rows, stride, count, first_id, keeper, scratch);
+    const int words = words_of(dim);
+    const auto scan = words == 4    ? scan_words<4>
+                      : words == 6  ? scan_words<6>
+                      : words == 8  ? scan_words<8>
+                      : words == 12 ? scan_words<12>
+                      : words == 16 ? scan_words<16>
+                                    : scan_words<0>;
+    scan(dim, reinterpret_cast<const uint64_t*>(packed), queries, rows, stride, count, first_id, keeper);
+}
+
+constexpr FormKernels kSigns = {bits_row_bytes, signs_packed_size, signs_scratch_size, pack_signs, scan_signs};
