@@ -94,6 +94,7 @@ def test_kernels_under_sanitizers(sources, sanitizer, library):
         "test_relative.py": "native_equals_brute or every_number or finite or triangles or any_scores",
         "test_similarity.py": "native_equals_the_blocked_form",
         "test_distill.py": "alignment_equals or strided_rows",
+        "test_quantization_native.py": "equal_the_reference or views or every_number or rounding or half",
         "test_contrastive_native.py": "equal_the_reference or every_number or exponentials or pieces or overlapping",
     }
     if sanitizer == "thread":
@@ -146,9 +147,18 @@ def distill(threads):
     _C.distill_align(True, 1, True, 300, 24, 1.0, threads, rows.ctypes.data, 24, gradient.ctypes.data, 24,
                      scores.ctypes.data)
     return np.concatenate([loss, gradient.ravel(), scores.ravel()])
+many = rng.standard_normal((20000, 64)).astype(np.float32)
+def quantization(threads):
+    found = np.empty((2, 64), np.float32)
+    given = (0, many.ctypes.data, *many.shape, 64, 1, threads)
+    codes = np.empty(many.shape, np.int8)
+    _C.extremes(given, found.ctypes.data)
+    step = (found[1] - found[0]) / 255
+    _C.encode(given, 0, 0, found.ctypes.data, step.ctypes.data, codes.ctypes.data)
+    return codes
 def both(threads):
     found = [relative(threads, ties, gap) for ties in (False, True) for gap in (0.0, 0.5)]
-    return [search(threads), distill(threads), *found]
+    return [search(threads), quantization(threads), distill(threads), *found]
 expected = both(1)
 workers = [threading.Thread(target=lambda: [both(4) for _ in range(10)]) for _ in range(3)]
 for worker in workers: worker.start()
