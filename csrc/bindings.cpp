@@ -67,7 +67,7 @@ Vectors vectors_of(const VectorsTuple& given) {
 
 SearchArguments search_arguments(int form, int dim, int flip, int64_t queries, int64_t count, int64_t stride, int k,
                           int threads) {
-    if (form < 0 || form > 3 || dim < 1 || dim > kMaxDim || k < 1 || k > kMaxK || k > count || queries < 0)
+    if (form < 0 || form >= kForms || dim < 1 || dim > kMaxDim || k < 1 || k > kMaxK || k > count || queries < 0)
         throw std::invalid_argument("search: form, dim, k, count or queries out of range");
     SearchArguments a{};
     a.form = static_cast<Form>(form);
@@ -196,18 +196,18 @@ PYBIND11_MODULE(_C, module) {
                    return search_workspace(*chosen.search, search_arguments(form, dim, flip, queries, count, stride, k, threads));
                });
     module.def("search", [](int form, int dim, int flip, int64_t queries, int64_t count, int64_t stride, int k,
-                            int threads, uintptr_t u, uintptr_t rows, uintptr_t allowed, uintptr_t scores,
+                            int threads, uintptr_t given, uintptr_t rows, uintptr_t allowed, uintptr_t scores,
                             uintptr_t ids, uintptr_t workspace, size_t workspace_bytes) {
         SearchArguments a = search_arguments(form, dim, flip, queries, count, stride, k, threads);
         const SearchKernels& kernels = *chosen.search;
         if (workspace_bytes < search_workspace(kernels, a)) throw std::invalid_argument("search: workspace too small");
-        a.u = reinterpret_cast<const int8_t*>(u);
+        a.given = reinterpret_cast<const void*>(given);
         a.rows = reinterpret_cast<const uint8_t*>(rows);
         a.allowed = reinterpret_cast<const uint8_t*>(allowed);
         a.scores = reinterpret_cast<int32_t*>(scores);
         a.ids = reinterpret_cast<int64_t*>(ids);
         py::gil_scoped_release released;
-        search(kernels, a, reinterpret_cast<unsigned char*>(workspace));
+        return search(kernels, a, reinterpret_cast<unsigned char*>(workspace));
     });
 
     module.attr("MAX_BATCH") = kMaxBatch;

@@ -15,59 +15,7 @@ namespace {
 constexpr int kPiece = 1024;  // entries of a row at a time; a multiple of 8, so that no byte of codes belongs to two
 constexpr uint32_t kMagnitude = 0x7FFFFFFF, kInfinity = 0x7F800000;
 
-uint32_t bits_of(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bits;
-}
-
-float float_of(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-
-// ---- Entries as floats, exactly.
-
-struct Float32 {
-    static constexpr bool kHalf = false;
-    using Stored = float;
-    static float value(float x) { return x; }
-};
-
-struct Float16 {
-    static constexpr bool kHalf = true;
-    using Stored = uint16_t;
-    static float value(uint16_t x) {
-        const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, magnitude = x & 0x7FFF;
-        // Subnormal: a multiple of 2^-24. Infinity and NaN have the largest exponent in both types.
-        if (magnitude < 0x400) return float_of(sign | bits_of(static_cast<float>(magnitude) * 0x1p-24f));
-        return float_of(sign | ((magnitude << 13) + ((magnitude < 0x7C00 ? 112u : 224u) << 23)));
-    }
-};
-
-struct BFloat16 {
-    static constexpr bool kHalf = false;
-    using Stored = uint16_t;
-    static float value(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
-};
-
-// `count` entries as floats side by side: where they are, or converted into `piece`.
-template <class Type>
-const float* floats_of(const typename Type::Stored* x, int64_t stride, int count, float* piece) {
-    int i = 0;
-    if (stride == 1) {
-        if constexpr (sizeof(*x) == sizeof(float)) return x;
-#if defined(__AVX2__)
-        if constexpr (Type::kHalf)
-            for (; i + 8 <= count; i += 8)
-                _mm256_storeu_ps(piece + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
-#endif
-        for (; i < count; ++i) piece[i] = Type::value(x[i]);
-    }
-    for (; i < count; ++i) piece[i] = Type::value(x[i * stride]);
-    return piece;
-}
+#include "common/half.inl"
 
 // ---- Codes of a piece of a row. Each returns the bits of its largest magnitude, or of infinity where there is NaN.
 

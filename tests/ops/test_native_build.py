@@ -91,6 +91,7 @@ def test_kernels_under_sanitizers(sources, sanitizer, library):
     site, _ = install(sources, LEAFKERN_NATIVE="1", LEAFKERN_CXXFLAGS=flags)
     chosen = {
         "test_retrieval.py": "definition or every_thread or saturate or view or beyond or equal_scores",
+        "test_retrieval_floats.py": "definition or wide or views or every_number or not_finite",
         "test_relative.py": "native_equals_brute or every_number or finite or triangles or any_scores",
         "test_similarity.py": "native_equals_the_blocked_form",
         "test_distill.py": "alignment_equals or strided_rows",
@@ -122,6 +123,13 @@ def search(threads):
     sizes = (0, 128, 0, 4, 20000, 128, 10, threads)
     space = np.empty(_C.search_workspace(*sizes) + 64, np.uint8)
     pointers = [part.ctypes.data for part in (u, codes, allowed, scores, ids, space)]
+    _C.search(*sizes, *pointers, len(space))
+    return ids
+def floats(threads):
+    scores, ids = np.empty((20, 10), np.int32), np.empty((20, 10), np.int64)
+    sizes = (4, 64, 0, 20, 20000, 256, 10, threads)
+    space = np.empty(_C.search_workspace(*sizes) + 64, np.uint8)
+    pointers = [part.ctypes.data for part in (many, many, allowed, scores, ids, space)]
     _C.search(*sizes, *pointers, len(space))
     return ids
 student, teacher = rng.standard_normal((2, 300, 300)), rng.standard_normal((300, 300)).round(2)
@@ -158,7 +166,7 @@ def quantization(threads):
     return codes
 def both(threads):
     found = [relative(threads, ties, gap) for ties in (False, True) for gap in (0.0, 0.5)]
-    return [search(threads), quantization(threads), distill(threads), *found]
+    return [search(threads), floats(threads), quantization(threads), distill(threads), *found]
 expected = both(1)
 workers = [threading.Thread(target=lambda: [both(4) for _ in range(10)]) for _ in range(3)]
 for worker in workers: worker.start()

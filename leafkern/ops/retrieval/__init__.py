@@ -1,6 +1,6 @@
 """Exact search: the best dot products of queries with a base of vectors, quantised or not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -127,30 +127,57 @@ def _check_fits(x: torch.Tensor, what: str) -> None:
 
 
 def _float_search(
-    queries: torch.Tensor, base: torch.Tensor | Quantized, k: int, allowed: torch.Tensor | None
+    queries: torch.Tensor, base: torch.Tensor, k: int, allowed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_tensor("queries", queries, ndim=2, dtypes=(torch.float32,))
+    _check_level("base", base, queries)
+    _check_count("k", k)
+    _check_allowed(allowed, len(base), base.device)
+    candidates = {"reference": None}
+    if queries.device.type == "cpu" and base.dtype in native.FLOAT_FORMS:
+        candidates = {"native": native.unsuited(queries, base, k), **candidates}
+    if choose("retrieval", candidates) == "native":
+        found = native.float_search(queries, base, k, allowed)
+        if found is not None:
+            return found
+    return reference.blocked_float(
+        queries, lambda start, stop: base[start:stop].float(), len(base), k, _finite_scores, allowed
+    )
+
+
+def _float_search_fake(queries, base, k, allowed=None):
+    shape = (queries.shape[0], min(k, base.shape[0]))
+    return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
+
+
+# queries float32 (Q, D); base floating-point (N, D); allowed bool (N,) -> float32 scores, ids; -inf and -1 where fewer
+# rows are allowed.
+float_search = register(
+    "float_search(Tensor queries, Tensor base, int k, Tensor? allowed=None) -> (Tensor, Tensor)",
+    _float_search,
+    _float_search_fake,
+)
+
+
+def _fp8_search(
+    queries: torch.Tensor, base: Quantized, k: int, allowed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     choose("retrieval", {"reference": None})
-    rows: Callable
-    if isinstance(base, Quantized) and base.precision == "fp8":
-        codes, scale = quantization.fp8(queries)
-        queries = codes.float() * scale[:, None]
+    codes, scale = quantization.fp8(queries)
 
-        def rows(start, stop):
-            return base.codes[start:stop].float() * base.scale[start:stop, None]
-    else:
-        values = base.codes if isinstance(base, Quantized) else base.detach()
+    def rows(start, stop):
+        return base.codes[start:stop].float() * base.scale[start:stop, None]
 
-        def rows(start, stop):
-            return values[start:stop].float()
-
-    return reference.blocked_float(queries, rows, _size(base)[0], k, _finite_scores, allowed)
+    return reference.blocked_float(codes.float() * scale[:, None], rows, len(base), k, _finite_scores, allowed)
 
 
 def _first_stage(
     queries: torch.Tensor, base: torch.Tensor | Quantized, k: int, query_bits: int, allowed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(base, Quantized) and base.precision == "fp8":
+        return _fp8_search(queries, base, k, allowed)
     if not isinstance(base, Quantized) or base.precision not in _BITS:
-        return _float_search(queries, base, k, allowed)
+        return float_search(queries, base.codes if isinstance(base, Quantized) else base.detach(), k, allowed)
     if base.dim >= MAX_DIM:
         raise InputError(f"base: width {base.dim}; below {MAX_DIM} is expected, where integer scores fit 32 bits")
     if base.precision in ("int8", "int4"):
@@ -209,7 +236,8 @@ def search(
     in queries (the row is named), `allowed` of another shape, dtype or device, query_bits other than None, 1, 8 or with
     a base that is not binary, N >= 2^32, and D >= 2^18 for integer scores (63*128*D must fit 32 bits).
 
-    Backends: native (CPU; int8, int4, binary; k, or oversample*k when rescoring, <= 2048), else the PyTorch reference.
+    Backends: native (CPU; int8, int4, binary, float32, float16; k, or oversample*k when rescoring, <= 2048), else the
+    PyTorch reference.
     """
     check_floating("queries", queries, ndim=2)
     if queries.shape[1] < 1:
