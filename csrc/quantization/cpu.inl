@@ -44,8 +44,8 @@ inline __m256i levels(const float* x, const float* low, const float* step, __m25
         return kNearest ? _mm256_cvtps_epi32(limited) : _mm256_cvttps_epi32(limited);
     };
     // Packing saturates what is below 0, and leaves fours in the order 0 2 4 6 1 3 5 7.
-    const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(eight(0), eight(8)), _mm256_packs_epi32(eight(16), eight(24)));
-    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    const __m256i first = _mm256_packs_epi32(eight(0), eight(8)), second = _mm256_packs_epi32(eight(16), eight(24));
+    return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
 uint32_t largest_of(__m256 finite) {
@@ -101,7 +101,8 @@ uint32_t encode_bits(const float* x, int count, uint8_t flip, uint8_t* codes) {
     __m256 finite = _mm256_setzero_ps();
     // As in `levels`; then each eight is turned round.
     const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    const __m256i turned = _mm256_broadcastsi128_si256(_mm_setr_epi8(7, 6, 5, 4, 3, 2, 1, 0, 15, 14, 13, 12, 11, 10, 9, 8));
+    const __m256i turned = _mm256_set_epi64x(0x08090A0B0C0D0E0F, 0x0001020304050607, 0x08090A0B0C0D0E0F, 0x0001020304050607);
+    const int32_t flips = static_cast<int32_t>(flip * 0x01010101u);
     const auto positive = [&](const float* at) {
         const __m256 values = _mm256_loadu_ps(at), zero = _mm256_setzero_ps();
         finite = _mm256_fmadd_ps(values, zero, finite);
@@ -111,7 +112,7 @@ uint32_t encode_bits(const float* x, int count, uint8_t flip, uint8_t* codes) {
         const __m256i first = _mm256_packs_epi32(positive(x + i), positive(x + i + 8));
         const __m256i second = _mm256_packs_epi32(positive(x + i + 16), positive(x + i + 24));
         const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, second), in_order);
-        const int32_t word = _mm256_movemask_epi8(_mm256_shuffle_epi8(bytes, turned)) ^ static_cast<int32_t>(flip * 0x01010101u);
+        const int32_t word = _mm256_movemask_epi8(_mm256_shuffle_epi8(bytes, turned)) ^ flips;
         std::memcpy(codes + i / 8, &word, 4);
     }
     largest = largest_of(finite);
@@ -131,7 +132,8 @@ uint16_t half_of(float x) {
     const uint32_t bits = bits_of(x), magnitude = bits & kMagnitude, sign = bits >> 16 & 0x8000;
     if (magnitude >= bits_of(65536.f)) return static_cast<uint16_t>(sign | 0x7C00);
     // Below 2^-14 numbers are multiples of 2^-24, as floats from 0.5 on are.
-    if (magnitude < bits_of(0x1p-14f)) return static_cast<uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));
+    if (magnitude < bits_of(0x1p-14f))
+        return static_cast<uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));
     return static_cast<uint16_t>(sign | (magnitude - (112u << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13);
 }
 
@@ -167,39 +169,54 @@ uint32_t widen(const float* x, int count, float* __restrict low, float* __restri
 // ---- Rows.
 
 int64_t bytes_of(CodeForm form, int64_t dims) {
-    return form == CodeForm::int8 ? dims : form == CodeForm::int4 ? (dims + 1) / 2 : form == CodeForm::bits ? (dims + 7) / 8 : 2 * dims;
+    switch (form) {
+        case CodeForm::int8: return dims;
+        case CodeForm::int4: return (dims + 1) / 2;
+        case CodeForm::bits: return (dims + 7) / 8;
+        default: return 2 * dims;
+    }
+}
+
+// Calls body(piece, count, first dimension) for the pieces of a row, as floats.
+template <class Type, typename Body>
+void each_piece(const Vectors& x, int64_t row, const Body& body) {
+    float space[kPiece];
+    const auto* stored = static_cast<const typename Type::Stored*>(x.values) + row * x.row_stride;
+    for (int64_t d = 0; d < x.dim; d += kPiece) {
+        const int count = static_cast<int>(x.dim - d < kPiece ? x.dim - d : kPiece);
+        body(floats_of<Type>(stored + d * x.stride, x.stride, count, space), count, d);
+    }
+}
+
+uint32_t encode_piece(const Codes& c, const float* x, int count, int64_t d, uint8_t* codes) {
+    switch (c.form) {
+        case CodeForm::int8: return encode_int8(x, count, c.low + d, c.step + d, codes);
+        case CodeForm::int4: return encode_int4(x, count, c.low + d, c.step + d, codes);
+        case CodeForm::bits: return encode_bits(x, count, c.flip, codes);
+        default: return encode_half(x, count, codes);
+    }
 }
 
 template <class Type>
 bool encode_rows(const Vectors& x, const Codes& c, int64_t begin, int64_t end) {
-    float space[kPiece];
     uint32_t largest = 0;
     const int64_t width = bytes_of(c.form, x.dim);
     for (int64_t row = begin; row < end; ++row)
-        for (int64_t d = 0; d < x.dim; d += kPiece) {
-            const int count = static_cast<int>(x.dim - d < kPiece ? x.dim - d : kPiece);
-            const auto* stored = static_cast<const typename Type::Stored*>(x.values) + row * x.row_stride + d * x.stride;
-            const float* piece = floats_of<Type>(stored, x.stride, count, space);
+        each_piece<Type>(x, row, [&](const float* piece, int count, int64_t d) {
             uint8_t* codes = c.bytes + row * width + bytes_of(c.form, d);
-            largest = larger(largest, c.form == CodeForm::int8   ? encode_int8(piece, count, c.low + d, c.step + d, codes)
-                                      : c.form == CodeForm::int4 ? encode_int4(piece, count, c.low + d, c.step + d, codes)
-                                      : c.form == CodeForm::bits ? encode_bits(piece, count, c.flip, codes)
-                                                                 : encode_half(piece, count, codes));
-        }
+            largest = larger(largest, encode_piece(c, piece, count, d, codes));
+        });
     // From 65520 on, numbers round to infinity in binary16.
     return largest < (c.form == CodeForm::half ? bits_of(65520.f) : kInfinity);
 }
 
 template <class Type>
 bool extremes_of_rows(const Vectors& x, int64_t begin, int64_t end, float* low, float* high) {
-    float space[kPiece];
     uint32_t largest = 0;
     for (int64_t row = begin; row < end; ++row)
-        for (int64_t d = 0; d < x.dim; d += kPiece) {
-            const int count = static_cast<int>(x.dim - d < kPiece ? x.dim - d : kPiece);
-            const auto* stored = static_cast<const typename Type::Stored*>(x.values) + row * x.row_stride + d * x.stride;
-            largest = larger(largest, widen(floats_of<Type>(stored, x.stride, count, space), count, low + d, high + d));
-        }
+        each_piece<Type>(x, row, [&](const float* piece, int count, int64_t d) {
+            largest = larger(largest, widen(piece, count, low + d, high + d));
+        });
     return largest < kInfinity;
 }
 

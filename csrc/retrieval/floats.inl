@@ -1,11 +1,12 @@
 // float32 and float16 bases: scores are float sums, compared as float and kept by their bits, which order as integers.
-// Every score of a call is added up in the same order, wherever its row stands: equal rows score equally. Few queries:
+// All scores of a query are added up in the same order: equal rows score equally, wherever they stand. Few queries:
 // rows are streamed once, memory sets the pace. More: panels of 16 or 8 queries, one entry of each query side by side,
-// times rows whose entries are broadcast; the sums of a tile stay in registers for kDepth dimensions.
+// times rows whose entries are broadcast; the sums of a tile stay in registers for up to kDepth dimensions.
 
 #include "common/half.inl"
 
-constexpr int kStreamed = 8;           // most queries whose rows are streamed
+constexpr int kStreamed = 8;           // most queries whose rows are streamed, and
+constexpr int kStreamedFloats = 4096;  // most of their entries, which then stay in the first-level cache
 constexpr int kPanel = 16;             // queries of a panel; 8 where no more are left
 constexpr int kFloatBytes = 64 << 10;  // of rows that all panels pass over, kept in the second-level cache
 constexpr int kFloatRows = 240;        // most of them
@@ -104,6 +105,10 @@ void note_lowest(Keeper* keeper, float lowest) {
 
 int padded(int dim) { return (dim + 7) / 8 * 8; }
 
+bool streamed(int dim, int queries) {
+    return queries == 1 || (queries <= kStreamed && queries * padded(dim) <= kStreamedFloats);
+}
+
 template <class Type, int Q>
 void scan_streamed(int dim, const float* queries, const uint8_t* rows, int64_t stride, int64_t count, int64_t first_id,
                    Keeper* keeper) {
@@ -187,9 +192,9 @@ void scan_panel(int dim, const float* panel, int query, int queries, const float
         for (int w = 0; w < W; ++w) limits[w] = load(values + 8 * w);
     };
     refresh();
-    const int parts = (dim + kDepth - 1) / kDepth;
-    for (int part = 0; part < parts; ++part) {
-        const int64_t begin = static_cast<int64_t>(dim) * part / parts, end = static_cast<int64_t>(dim) * (part + 1) / parts;
+    const int64_t parts = (dim + kDepth - 1) / kDepth;
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t begin = dim * part / parts, end = dim * (part + 1) / parts;
         for (int64_t row = 0; row < count; row += R) {
             // Where fewer rows are left, the last is repeated.
             const float* x[R];
@@ -274,13 +279,12 @@ int64_t float_row_bytes(int dim) {
 }
 
 size_t float_packed_size(int dim, int queries) {
-    const size_t columns = queries <= kStreamed ? queries * padded(dim) : static_cast<size_t>((queries + 7) / 8 * 8) * dim;
-    return aligned(sizeof(float) * columns);
+    return aligned(sizeof(float) * ((queries + 7) / 8 * 8) * padded(dim));
 }
 
 template <class Type>
 size_t float_scratch_size(int dim, int queries) {
-    const bool converted = sizeof(typename Type::Stored) < sizeof(float) && queries > kStreamed;
+    const bool converted = sizeof(typename Type::Stored) < sizeof(float) && !streamed(dim, queries);
     return converted ? aligned(sizeof(float) * float_rows(dim) * dim) : 0;
 }
 
@@ -289,7 +293,7 @@ void pack_floats(int dim, const void* given, int queries, uint8_t, unsigned char
     float* to = reinterpret_cast<float*>(packed);
     std::memset(packed, 0, float_packed_size(dim, queries));
     for (int64_t q = 0; q < queries; ++q, from += dim) {
-        if (queries <= kStreamed) {
+        if (streamed(dim, queries)) {
             std::memcpy(to + q * padded(dim), from, sizeof(float) * dim);
             continue;
         }
@@ -302,7 +306,7 @@ template <class Type>
 void scan_floats(int dim, const unsigned char* packed, int queries, uint8_t, const uint8_t* rows, int64_t stride,
                  int64_t count, int64_t first_id, Keeper* keeper, unsigned char* scratch) {
     const float* values = reinterpret_cast<const float*>(packed);
-    if (queries > kStreamed)
+    if (!streamed(dim, queries))
         return scan_panels<Type>(dim, values, queries, rows, stride, count, first_id, keeper,
                                  reinterpret_cast<float*>(scratch));
     constexpr decltype(&scan_streamed<Type, 1>) kScans[kStreamed] = {
