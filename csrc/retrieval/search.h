@@ -1,4 +1,5 @@
-// Search for the k largest integer scores of folded queries, fused with the selection: scores are never stored.
+// Search for the k largest scores of queries, fused with the selection: scores are never stored.
+// Integer scores I of folded queries:
 //
 //   form      base row                          score I of a query u
 //   int8      D signed bytes c                  sum u*c
@@ -16,7 +17,11 @@
 
 namespace leafkern {
 
-enum class Form { int8 = 0, int4 = 1, bits = 2, hamming = 3 };
+// Of float32 queries with the forms float32 and float16, S is the float score itself, kept as an integer that orders as
+// it does. What is no finite number is not kept but told.
+enum class Form { int8 = 0, int4 = 1, bits = 2, hamming = 3, float32 = 4, float16 = 5 };
+
+constexpr int kForms = 6;
 
 constexpr int kMaxDim = 131072;
 constexpr int kMaxK = 2048;
@@ -28,6 +33,7 @@ struct Keeper {
     int32_t* thresholds;  // (queries,): only higher scores enter; INT32_MIN until k are kept
     int k;
     const uint8_t* allowed;  // per row number, whether it may be kept; null: all may
+    bool finite = true;      // false once a score was met that is not
 };
 
 // One form of base. Each function is given the same `queries` as those that it works with. `flip` is xor-ed to every
@@ -49,7 +55,7 @@ struct FormKernels {
 // What each instruction set offers, by Form.
 struct SearchKernels {
     const char* isa;
-    FormKernels forms[4];
+    FormKernels forms[kForms];
 };
 
 namespace portable { extern const SearchKernels search_kernels; }
@@ -61,18 +67,19 @@ struct SearchArguments {
     Form form;
     int dim;
     uint8_t flip;
-    const int8_t* u;  // (queries, dim), contiguous
+    const void* given;  // queries (queries, dim), contiguous: int8 u, or float for the float forms
     int64_t queries;
     const uint8_t* rows;  // (count, ...), each row contiguous, `stride` bytes apart
     int64_t count, stride;
     const uint8_t* allowed;  // (count,), 0 or 1: rows that may be found; null: all
     int k;                   // <= min(count, kMaxK)
     int threads;
-    int32_t* scores;  // (queries, k); INT32_MIN where fewer rows are allowed
+    int32_t* scores;  // (queries, k), bits of floats for the float forms; INT32_MIN, -inf where fewer rows are allowed
     int64_t* ids;     // (queries, k); -1 there
 };
 
 size_t search_workspace(const SearchKernels& kernels, const SearchArguments& arguments);
-void search(const SearchKernels& kernels, const SearchArguments& arguments, unsigned char* workspace);
+// False where a float score is not finite; what was found means nothing then.
+bool search(const SearchKernels& kernels, const SearchArguments& arguments, unsigned char* workspace);
 
 }  // namespace leafkern

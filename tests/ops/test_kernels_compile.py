@@ -297,10 +297,10 @@ def test_what_search_launches_is_what_is_listed(launches, monkeypatch):
     kernels.search(few, bits, 10, 1, 8)
     kernels.search(many[:, :100].contiguous(), bits[:, :13].contiguous(), 10, 1, 8)
     assert len(launches) == 15
-    kernels.float_search(few.float(), codes.half(), None, 10)
+    kernels.float_search(few.float(), codes.half(), 10)
     for native in (False, True):
         monkeypatch.setattr(kernels, "_takes_fp8", lambda device, native=native: native)
-        kernels.float_search(many.float(), codes.to(torch.float8_e4m3fn), torch.ones(300), 10)
+        kernels.fp8_search(many.float(), codes.to(torch.float8_e4m3fn), torch.ones(300), 10)
     assert len(launches) == 24
     # Groups of tiles.
     kernels._best_tiles(torch.zeros(1, 5000), 10)

@@ -411,7 +411,7 @@ def test_forced_backends(monkeypatch):
         with pytest.raises(BackendError, match=r"above 2048"):
             search(queries, quantize(unit(3000, 24), "int8"), 2049)
         with pytest.raises(BackendError, match="retrieval=native"):
-            search(queries, unit(10, 24), 1)
+            search(queries, unit(10, 24).double(), 1)
 
 
 @needs_native

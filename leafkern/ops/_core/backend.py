@@ -22,7 +22,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "distill": ("triton", "native", "reference"),
     "relative": ("triton", "native", "reference"),
     "contrastive": ("triton", "native", "reference"),
-    "quantization": ("reference",),
+    "quantization": ("native", "reference"),
     "retrieval": ("triton", "native", "reference"),
 }
 

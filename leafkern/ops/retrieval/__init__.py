@@ -151,39 +151,73 @@ def _check_fits(x: torch.Tensor, what: str) -> None:
         raise InputError(f"queries: row {int(bad.nonzero()[0])} is too large: {what} overflow float32; scale it down")
 
 
+def _shows_infinity(scores: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether a score of Triton's, where it may be looked at, isn't finite: the reference then names the row."""
+    return values_checked(scores) and bool(((ids >= 0) & ~torch.isfinite(scores)).any())
+
+
 def _float_search(
-    queries: torch.Tensor, base: torch.Tensor | Quantized, k: int, allowed: torch.Tensor | None
+    queries: torch.Tensor, base: torch.Tensor, k: int, allowed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    values = base.codes if isinstance(base, Quantized) else base.detach()
-    scale = base.scale if isinstance(base, Quantized) else None
-    dtypes = () if values.dtype == torch.float8_e4m3fn else (values.dtype,)
-    if choose("retrieval", _candidates(queries, values, k, *dtypes)) == "triton":
+    check_tensor("queries", queries, ndim=2, dtypes=(torch.float32,))
+    _check_level("base", base, queries)
+    _check_count("k", k)
+    _check_allowed(allowed, len(base), base.device)
+    serves = (lambda: native.unsuited(queries, base, k)) if base.dtype in native.FLOAT_FORMS else None
+    backend = choose("retrieval", _candidates(queries, base, k, base.dtype, native=serves))
+    if backend == "triton":
         from leafkern.ops.retrieval import kernels
 
-        scores, ids = kernels.float_search(queries, values, scale, k, allowed)
-        # What isn't finite comes first here; the reference names its row.
-        if not values_checked(scores) or not ((ids >= 0) & ~torch.isfinite(scores)).any():
-            return scores, ids
-    rows: Callable
-    if isinstance(base, Quantized) and base.precision == "fp8":
-        codes, scale, _ = quantization.quantize(queries, "fp8", None)
-        queries = codes.float() * scale[:, None]
+        found = kernels.float_search(queries, base, k, allowed)
+        if not _shows_infinity(*found):
+            return found
+    if backend == "native":
+        found = native.float_search(queries, base, k, allowed)
+        if found is not None:
+            return found
+    return reference.blocked_float(
+        queries, lambda start, stop: base[start:stop].float(), len(base), k, _finite_scores, allowed
+    )
 
-        def rows(start, stop):
-            return base.codes[start:stop].float() * base.scale[start:stop, None]
-    else:
 
-        def rows(start, stop):
-            return values[start:stop].float()
+def _float_search_fake(queries, base, k, allowed=None):
+    shape = (queries.shape[0], min(k, base.shape[0]))
+    return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
 
-    return reference.blocked_float(queries, rows, _size(base)[0], k, _finite_scores, allowed)
+
+# queries float32 (Q, D); base floating-point (N, D); allowed bool (N,) -> float32 scores, ids; -inf and -1 where fewer
+# rows are allowed.
+float_search = register(
+    "float_search(Tensor queries, Tensor base, int k, Tensor? allowed=None) -> (Tensor, Tensor)",
+    _float_search,
+    _float_search_fake,
+)
+
+
+def _fp8_search(
+    queries: torch.Tensor, base: Quantized, k: int, allowed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if choose("retrieval", _candidates(queries, base.codes, k)) == "triton":
+        from leafkern.ops.retrieval import kernels
+
+        found = kernels.fp8_search(queries, base.codes, base.scale, k, allowed)
+        if not _shows_infinity(*found):
+            return found
+    codes, scale = quantization.fp8(queries)
+
+    def rows(start, stop):
+        return base.codes[start:stop].float() * base.scale[start:stop, None]
+
+    return reference.blocked_float(codes.float() * scale[:, None], rows, len(base), k, _finite_scores, allowed)
 
 
 def _first_stage(
     queries: torch.Tensor, base: torch.Tensor | Quantized, k: int, query_bits: int, allowed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(base, Quantized) and base.precision == "fp8":
+        return _fp8_search(queries, base, k, allowed)
     if not isinstance(base, Quantized) or base.precision not in _BITS:
-        return _float_search(queries, base, k, allowed)
+        return float_search(queries, base.codes if isinstance(base, Quantized) else base.detach(), k, allowed)
     if base.dim >= MAX_DIM:
         raise InputError(f"base: width {base.dim}; below {MAX_DIM} is expected, where integer scores fit 32 bits")
     if base.precision in ("int8", "int4"):
@@ -248,7 +282,7 @@ def search(
 
     Backends (k: oversample*k when rescoring): Triton (CUDA; int8, int4, fp8, binary, float32, float16, bfloat16; k <=
     1024; float scores are those of float32, rows that tie to their rounding may come in another order); native (CPU;
-    int8, int4, binary; k <= 2048); else the PyTorch reference.
+    int8, int4, binary, float32, float16; k <= 2048); else the PyTorch reference.
     """
     check_floating("queries", queries, ndim=2)
     if queries.shape[1] < 1:

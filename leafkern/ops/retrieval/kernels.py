@@ -140,16 +140,10 @@ def search(
 
 
 def float_search(
-    queries: torch.Tensor,
-    rows: torch.Tensor,
-    scale: torch.Tensor | None,
-    k: int,
-    allowed: torch.Tensor | None = None,
+    queries: torch.Tensor, rows: torch.Tensor, k: int, allowed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.blocked_float`, of queries float32 with rows whose entries are adjacent, float32, float16 or
-    bfloat16, or fp8 with a scale for each row, k <= 1024. Where a score isn't finite, the first returned is NaN."""
-    if rows.dtype == torch.float8_e4m3fn:
-        return _fp8_search(queries, rows, scale, k, allowed)
+    bfloat16, k <= 1024. Where a score isn't finite, the first returned is NaN."""
     width = queries.shape[1]
     cut = configure("float", rows.element_size(), len(queries), width)
     exact, factor = _padded(queries, cut), None
@@ -166,8 +160,11 @@ def float_search(
     return _search(made, Base(rows, "float", False, None, allowed), k, torch.float32)
 
 
-def _fp8_search(queries, rows, scale, k, allowed):
-    codes, factor, _ = quantization.quantize(queries, "fp8", None)
+def fp8_search(
+    queries: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor, k: int, allowed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `float_search`, of rows of fp8, times `scale` (N,); the queries are quantised likewise."""
+    codes, factor = quantization.fp8(queries)
     native = _takes_fp8(queries.device)
     cut = configure("fp8", 1 if native else 2, len(queries), queries.shape[1])
     exact = _padded(codes.float(), cut)
