@@ -64,7 +64,7 @@ def scan_kernel(
     i_block = tl.program_id(0) % query_blocks
     first = tl.program_id(0) // query_blocks * share
     i_query = i_block * QUERIES + tl.arange(0, QUERIES)
-    o_q = queries + i_query[:, None] * q_stride
+    o_q = queries + i_query.to(tl.int64)[:, None] * q_stride
     o_maxima = maxima + i_query.to(tl.int64) * tiles
     if factor is not None:
         b_factor = tl.load(factor + i_query)
@@ -80,7 +80,7 @@ def scan_kernel(
         start = (wide + i_tile) * ROWS
         # Rows beyond the last are the last again, which changes no maximum.
         i_row = tl.minimum(tl.arange(0, ROWS), tl.minimum(rows - 1 - start, ROWS - 1).to(tl.int32))
-        o_x = base + start * base_stride + i_row[:, None] * base_stride
+        o_x = base + start * base_stride + i_row.to(tl.int64)[:, None] * base_stride
         total = tl.zeros([QUERIES, ROWS], kind)
         if RESIDENT:
             for d in tl.static_range(0, WIDTH, DEPTH):
@@ -129,7 +129,7 @@ def bits_kernel(
     for i_tile in range(first, tl.minimum(first + share, tiles)):
         start = (wide + i_tile) * ROWS
         i_row = tl.minimum(tl.arange(0, ROWS), tl.minimum(rows - 1 - start, ROWS - 1).to(tl.int32))
-        o_x = base + start * (base_stride * ALIGN) + i_row[:, None] * (base_stride * ALIGN)
+        o_x = base + start * (base_stride * ALIGN) + i_row.to(tl.int64)[:, None] * (base_stride * ALIGN)
         b_x = tl.load(o_x + column[None, :], mask=inside[None, :], other=0) ^ FLIPPED
         if allowed is not None:
             b_allowed = tl.load(allowed + start + i_row) != 0
@@ -198,7 +198,7 @@ def score_kernel(
     live = place < rows - start
     i_row = tl.minimum(place, tl.minimum(rows - 1 - start, ROWS - 1).to(tl.int32))
     o_q = queries + i_query * q_stride + tl.arange(0, DEPTH)
-    o_x = base + start * base_stride + i_row[:, None] * base_stride
+    o_x = base + start * base_stride + i_row.to(tl.int64)[:, None] * base_stride
     INTEGER: tl.constexpr = FORM == "int8" or FORM == "int4" or FORM == "bits"
     kind: tl.constexpr = tl.int32 if INTEGER else tl.float32
     total = tl.zeros([ROWS], kind)

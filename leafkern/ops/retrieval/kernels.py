@@ -183,7 +183,7 @@ def _takes_fp8(device: torch.device) -> bool:
 def _padded(x: torch.Tensor, cut: Cut) -> torch.Tensor:
     # Whichever multiple of BLOCK a program begins at, it has all its queries.
     more = -x.shape[0] % BLOCK + cut.queries - BLOCK
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % cut.depth, 0, more))
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % cut.depth, 0, more)).contiguous()
 
 
 def _planes(u: torch.Tensor, query_bits: int) -> torch.Tensor:
@@ -326,7 +326,7 @@ def _tile_keys(queries: _Queries, base: Base, start: int, chosen: torch.Tensor) 
 
 # What is shipped, for the proof without a GPU
 
-WIDTHS = {"int8": (384, 256, 768, 1024, 100), "int4": (384, 1024), "bits": (384, 1024, 100)}
+WIDTHS = {"int8": (384, 256, 512, 768, 1024, 100), "int4": (384, 1024), "bits": (384, 1024, 100)}
 FLOAT_WIDTHS = {"fp32": (384, 1024), "fp16": (384, 1024), "bf16": (384,), "fp8": (384, 1024), "fp8 bytes": (384,)}
 # Title, of chosen groups, of groups.
 KEY_CASES = (("of tiles", False, False), ("of groups", False, True), ("of chosen tiles", True, False))
