@@ -309,6 +309,15 @@ def test_what_search_launches_is_what_is_listed(launches, monkeypatch):
     hold_listed(launches, "retrieval")
 
 
+def test_search_takes_the_instructions_that_it_counts_on(compiled):
+    assert compiled["retrieval", "scan int8 D=384 Q=1000", 90].wgmma
+    assert compiled["retrieval", "scan bits D=384 Q=1000", 90].wgmma
+    item = next(item for item in TESTED if item.name == "bits D=384 P=7")
+    kernel = triton.compile(cubin.source(item), target=GPUTarget("cuda", 90, 32), options=dict(item.options))
+    # Seven planes of 16 words for each thread.
+    assert kernel.asm["ptx"].count("popc.b32") == 7 * 16
+
+
 def test_the_table_and_its_exit_status(tmp_path, capsys, monkeypatch):
     kernels = pytest.importorskip("leafkern.bench.kernels")
     join = next(item for item in cubin.shipped() if item.name.startswith("join") and item.tested)

@@ -125,6 +125,8 @@ def bits_kernel(
     first = tl.program_id(0) * share
     column = tl.arange(0, COLUMNS)
     inside = column < WORDS
+    one = number * 0 + 1
+    TOP: tl.constexpr = 1 << (PLANES - 1)
     wide = (tiles * 0).to(tl.int64)
     for i_tile in range(first, tl.minimum(first + share, tiles)):
         start = (wide + i_tile) * ROWS
@@ -136,14 +138,16 @@ def bits_kernel(
         for i_query in range(0, number):
             o_plane = planes + i_query * (PLANES * WORDS) + column
             total = tl.zeros([ROWS, COLUMNS], tl.int32)
-            for p in tl.static_range(PLANES):
-                b_plane = tl.load(o_plane + p * WORDS, mask=inside, other=0)
-                if PLANES == 1:
-                    total -= _ones(tl.where(inside[None, :], b_x ^ b_plane[None, :], 0))
-                elif p + 1 < PLANES:
-                    total += _ones(b_x & b_plane[None, :]) << p
-                else:
-                    total -= _ones(b_x & b_plane[None, :]) << p
+            if PLANES == 1:
+                b_plane = tl.load(o_plane, mask=inside, other=0)
+                total -= _ones(tl.where(inside[None, :], b_x ^ b_plane[None, :], 0))
+            else:
+                # Not unrolled: a shift by a constant would be joined with the count's own and hide it.
+                for p in range(0, PLANES):
+                    b_plane = tl.load(o_plane + p * WORDS, mask=inside, other=0)
+                    # 1, 2, 4 and so on, the last negative.
+                    weight = ((one << p) ^ TOP) - TOP
+                    total += _ones(b_x & b_plane[None, :]) * weight
             score = tl.sum(total, 1)
             if allowed is not None:
                 score = tl.where(b_allowed, score, _LOWEST)

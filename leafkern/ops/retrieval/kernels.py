@@ -4,7 +4,8 @@ Work. Q queries, N rows of width D: 2·Q·N·D operations on the matrix units (i
 matrix units have them, else float16; float16 and bfloat16 rows: twice, as a query is the sum of two such numbers;
 float32: three times in tf32, or once where torch is allowed tf32). The bytes of the base are read once per block of
 queries, those of QUERIES queries at a time from the cache. For a few queries the bytes are what counts, N·D·bits/8;
-binary rows are then compared by 32 bits at once, Q·N·D/32 words with one count of bits (Hamming) or seven.
+binary rows are then compared by 32 bits at once, Q·N·D/32 words with one count of bits (Hamming) or seven; each is one
+instruction (a test looks), which is all that CUDA C++ would have added.
 
 Order. `scan_kernel` (or `bits_kernel`) forms scores a tile of 128 rows at a time and keeps only each tile's largest,
 4·Q·N/128 bytes. Of these maxima the k best tiles of each query are chosen, and `score_kernel` scores their rows once
@@ -341,18 +342,14 @@ TESTED = {
 
 
 def shipped() -> list[Shipped]:
-    """What is launched for widths of encoders in use and an odd one, for one query, some and many."""
+    """What is launched for widths of encoders in use and an odd one, for many queries; for the first, for few too."""
     found = []
-    for form, widths in WIDTHS.items():
-        for width in widths:
-            found += [_shipped_scan(form, width, queries) for queries in (1, 64, 1000)]
-            found.append(_shipped_score(form, width))
-        found += [_shipped_scan(form, widths[0], 1000, allowed=True), _shipped_score(form, widths[0], allowed=True)]
-    for kind, widths in FLOAT_WIDTHS.items():
-        for width in widths:
-            found += [_shipped_scan(kind, width, queries) for queries in (1, 64, 1000)]
-            found.append(_shipped_score(kind, width))
+    for kind, widths in (WIDTHS | FLOAT_WIDTHS).items():
+        found += [_shipped_scan(kind, widths[0], queries) for queries in (1, 64)]
+        found += [_shipped_scan(kind, width, 1000) for width in widths]
+        found += [_shipped_score(kind, width) for width in widths]
         found.append(_shipped_scan(kind, widths[0], 1000, allowed=True))
+    found += [_shipped_score(kind, 384, allowed=True) for kind in ("int8", "bits", "fp16")]
     found += [_shipped_bits(width, planes) for width in (384, 1024) for planes in (1, 7)]
     found.append(_shipped_bits(384, 7, allowed=True))
     found += [_shipped_keys(kind, *case) for kind in ("i32", "fp32") for case in KEY_CASES]
