@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from retrieval_cases import FORMS, ISAS, C, random_codes, random_queries, restore_isa, unit  # noqa: F401
 
 from leafkern.errors import BackendError, InputError
-from leafkern.ops import Quantized, dequantize, quantize, search
+from leafkern.ops import Quantized, dequantize, quantize, retrieval, search
 from leafkern.ops._core.backend import FallbackWarning
 from leafkern.ops._core.native import library
 from leafkern.ops.quantization import PRECISIONS
@@ -323,10 +323,10 @@ def test_rescoring():
 
 def test_each_level_keeps_half(monkeypatch):
     kept = []
-    plain = reference.rescore
+    plain = retrieval._rescore
     monkeypatch.setattr(
-        reference,
-        "rescore",
+        retrieval,
+        "_rescore",
         lambda q, level, ids, keep: kept.append((ids.shape[1], keep)) or plain(q, level, ids, keep),
     )
     base = unit(500, 16)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from leafkern.errors import InputError
-from leafkern.ops._core.backend import choose
+from leafkern.ops._core.backend import choose, forced_backend
 from leafkern.ops._core.checks import check_finite_rows, check_floating, check_same_device, check_tensor, values_checked
 from leafkern.ops._core.registration import register, without_autocast
 from leafkern.ops.quantization import Quantized, code_width
@@ -200,6 +200,17 @@ def _first_stage(
     return scores.masked_fill(none, -torch.inf), ids
 
 
+def _rescore(
+    queries: torch.Tensor, level: torch.Tensor | Quantized, ids: torch.Tensor, keep: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # Not a choice that a setting could force: what the kernels don't know, the reference rescores for every backend.
+    if not torch.compiler.is_compiling() and forced_backend("retrieval") in (None, "native"):
+        found = native.rescore(queries, level, ids, keep) if native.rescores(queries, level) else None
+        if found is not None:
+            return found
+    return reference.rescore(queries, level, ids, keep)
+
+
 @without_autocast
 def search(
     queries: torch.Tensor,
@@ -236,8 +247,8 @@ def search(
     in queries (the row is named), `allowed` of another shape, dtype or device, query_bits other than None, 1, 8 or with
     a base that is not binary, N >= 2^32, and D >= 2^18 for integer scores (63*128*D must fit 32 bits).
 
-    Backends: native (CPU; int8, int4, binary, float32, float16; k, or oversample*k when rescoring, <= 2048), else the
-    PyTorch reference.
+    Backends: native (CPU; int8, int4, binary, float32, float16; k, or oversample*k when rescoring, <= 2048; levels of
+    float32, float16 or int8), else the PyTorch reference.
     """
     check_floating("queries", queries, ndim=2)
     if queries.shape[1] < 1:
@@ -264,7 +275,7 @@ def search(
     scores, ids = _first_stage(queries, base, keep, query_bits, allowed)
     for place, (name, level) in enumerate(zip(names, levels), start=1):
         keep = k if place == len(levels) else max(k, keep // 2)
-        scores, ids = reference.rescore(queries, level, ids, keep)
+        scores, ids = _rescore(queries, level, ids, keep)
         bad = ~torch.isfinite(scores) & (ids >= 0)
         if values_checked(scores) and bad.any():
             row = int(ids[bad][0])
