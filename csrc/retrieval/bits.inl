@@ -6,10 +6,10 @@
 // Turned rows are kept for the next query; for one query they are looked up as they are turned. One query of signs
 // counts bits instead: turning the rows would cost more than it saves.
 
-constexpr int kTurned = 16;              // bytes of a row that are turned at once
-constexpr int kNibbleBytes = 24 << 10;   // of turned rows, kept in the first-level cache while all queries pass over it
+constexpr int kTurned = 16;             // bytes of a row that are turned at once
+constexpr int kNibbleBytes = 24 << 10;  // of turned rows, kept in the first-level cache while all queries pass over it
+constexpr int64_t kTouched = 128;       // rows that are brought into it at once for one query
 constexpr int kRuns[] = {63, 32, 16, 12, 8, 6, 5, 4, 3, 2, 1};
-constexpr int64_t kTouched = 128;  // rows
 constexpr int kTurnedRuns[] = {8, 4, 2, 1};  // of one query
 
 int bytes_of(int dim) { return (dim + 7) / 8; }
@@ -45,27 +45,25 @@ size_t tables_packed_size(int dim, int queries) {
     return aligned(sizeof(Runs) * queries) + static_cast<size_t>(queries) * 2 * bits_row_bytes(dim) * 16;
 }
 
-size_t tables_scratch_size(int dim, int) { 
+size_t tables_scratch_size(int dim, int) {
     return static_cast<size_t>(parts_of(dim)) * 32 * (groups_of(dim) + bits_row_bytes(dim));
 }
 
 // The longest of the runs given, falling to 1, that no rows can make overflow.
 template <int kCount>
 Runs longest(const int (&lengths)[kCount], const uint8_t* tables, int groups) {
-    int64_t total = 0;
-    int chosen = 0, sums[kCount] = {};
+    int total = 0, chosen = 0, sums[kCount] = {};
     bool unsafe[kCount] = {};
     for (int group = 0; group < groups; ++group) {
-        int largest = 0;
-        for (int i = 0; i < 16; ++i)
-            if (tables[group * 16 + i] > largest) largest = tables[group * 16 + i];
+        // Entries of opposite places add up to sum |u|, the largest.
+        const int largest = tables[group * 16] + tables[group * 16 + 15];
         total += largest;
-        for (int i = 0; i < kCount; ++i) {
+        for (int i = chosen; i < kCount; ++i) {
             sums[i] = (group % lengths[i] == 0 ? 0 : sums[i]) + largest;
             if (sums[i] > 255) unsafe[i] = true;
         }
+        while (chosen < kCount - 1 && unsafe[chosen]) ++chosen;
     }
-    while (unsafe[chosen]) ++chosen;
     // 260 groups of at most 4*63 stay below 2^16 - 1.
     return {lengths[chosen], total < 65535 ? groups : 260 / lengths[chosen] * lengths[chosen]};
 }
@@ -77,18 +75,21 @@ void pack_tables(int dim, const void* given, int queries, uint8_t flip, unsigned
     for (int query = 0; query < queries; ++query, u += dim) {
         uint8_t* tables = const_cast<uint8_t*>(view.of(query));
         for (int group = 0; group < view.groups; ++group) {
-            // Flipped bits swap entries.
-            const int flipped = flip >> (group % 2 == 0 ? 4 : 0) & 15;
-            int values[4], least_sum = 0, sums[16] = {};
+            int values[4], sums[16] = {};
             for (int i = 0; i < 4; ++i) {
                 const int d = 4 * group + i;
                 values[i] = d >= dim ? 0 : kSigns ? (u[d] > 0 ? 1 : -1) : u[d];
-                least_sum += values[i] < 0 ? values[i] : 0;
+                sums[0] -= values[i] < 0 ? values[i] : 0;
             }
-            for (int place = 0; place < 16; ++place) {
-                for (int i = 0; i < 4; ++i) sums[place] += place >> (3 - i) & 1 ? values[i] : 0;
-                tables[group * 16 + (place ^ flipped)] = static_cast<uint8_t>(sums[place] - least_sum);
+            for (int place = 1; place < 16; ++place) {
+                // The lowest bit's dimension, which comes last, beside the other bits.
+                const int last = place & 1 ? 3 : place & 2 ? 2 : place & 4 ? 1 : 0;
+                sums[place] = sums[place & (place - 1)] + values[last];
             }
+            // Flipped bits swap entries.
+            const int flipped = flip >> (group % 2 == 0 ? 4 : 0) & 15;
+            for (int place = 0; place < 16; ++place)
+                tables[group * 16 + (place ^ flipped)] = static_cast<uint8_t>(sums[place]);
         }
         std::memset(tables + view.groups * 16, 0, (view.stride - view.groups) * 16);
         const_cast<Runs*>(view.runs)[query] = queries == 1 ? longest(kTurnedRuns, tables, view.groups)

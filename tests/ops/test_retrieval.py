@@ -163,12 +163,13 @@ def test_reads_nothing_beyond_the_last_row(bits, tmp_path):
     path = tmp_path / "codes"
     path.write_bytes(codes.numpy().tobytes())
     mapped = torch.from_numpy(np.memmap(path, codes.numpy().dtype, "c", shape=codes.shape))
-    u = random_queries(5, dim, 8)
-    for part in (mapped, mapped[-5:], mapped[-1:]):
-        expected = reference.brute(u, reference.decode(part, bits, dim), 4)
-        scores, ids = native.search(u, part, 4, bits, 8, threads=2)
-        assert torch.equal(scores.double(), expected[0])
-        assert torch.equal(ids, expected[1])
+    for query_bits, q in [(8, 5), (8, 1), *([(1, 5), (1, 1)] if bits == 1 else [])]:
+        u = random_queries(q, dim, query_bits)
+        for part in (mapped, mapped[-5:], mapped[-1:]):
+            expected = reference.brute(u, reference.decode(part, bits, dim), 4)
+            scores, ids = native.search(u, part, 4, bits, query_bits, threads=2)
+            assert torch.equal(scores.double(), expected[0])
+            assert torch.equal(ids, expected[1])
 
 
 # ---- The public function.
