@@ -24,6 +24,7 @@ size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 #include "retrieval/bits.inl"
 #include "retrieval/floats.inl"
 #include "retrieval/integers.inl"
+#include "retrieval/signs.inl"
 
 #define LEAFKERN_TEXT_(x) #x
 #define LEAFKERN_TEXT(x) LEAFKERN_TEXT_(x)

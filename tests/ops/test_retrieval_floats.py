@@ -149,6 +149,14 @@ def test_sums_that_overflow_are_named(q):
         search(torch.ones(q, 64), base, 2)
 
 
+@pytest.mark.parametrize("precision", ["", "int8", "int4"])
+def test_rescoring_is_registered(precision):
+    base, ids = unit(120, 9), candidates(4, 120, 8)
+    level = quantize(base, precision or "float32")
+    given = (unit(4, 9), level.codes, level.scale, level.offset, precision, ids, 3)
+    torch.library.opcheck(torch.ops.leafkern.rescore.default, given)
+
+
 def test_registered():
     queries, base = unit(5, 24), unit(40, 24)
     allowed = torch.rand(40) < 0.5
@@ -204,6 +212,7 @@ def test_rescoring_names_what_is_not_finite(dtype, bad):
     base = unit(60, 16)
     level = base.to(dtype).clone()
     level[41, 3] = float(bad)
-    # One that the coarse base finds, whatever its place among the candidates.
+    # All rows are candidates; the score of this one is not the lowest, which would only not be found.
+    queries = unit(3, 16).abs() * (-1 if bad == "-inf" else 1)
     with pytest.raises(InputError, match="rescore: row 41 holds NaN or infinity"):
-        search(base[40:43], quantize(base, "int8"), 15, rescore=level)
+        search(queries, quantize(base, "int8"), 15, rescore=level)

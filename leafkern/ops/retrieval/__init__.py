@@ -201,14 +201,36 @@ def _first_stage(
 
 
 def _rescore(
-    queries: torch.Tensor, level: torch.Tensor | Quantized, ids: torch.Tensor, keep: int
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    scale: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    precision: str,
+    ids: torch.Tensor,
+    keep: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    level = Quantized(rows, scale, offset, precision, queries.shape[1]) if precision else rows
     # Not a choice that a setting could force: what the kernels don't know, the reference rescores for every backend.
-    if not torch.compiler.is_compiling() and forced_backend("retrieval") in (None, "native"):
-        found = native.rescore(queries, level, ids, keep) if native.rescores(queries, level) else None
+    if forced_backend("retrieval") in (None, "native") and native.rescores(queries, level):
+        found = native.rescore(queries, level, ids, keep)
         if found is not None:
             return found
     return reference.rescore(queries, level, ids, keep)
+
+
+def _rescore_fake(queries, rows, scale, offset, precision, ids, keep):
+    shape = (queries.shape[0], min(keep, ids.shape[1]))
+    return queries.new_empty(shape), ids.new_empty(shape)
+
+
+# queries float32 (Q, D); rows of any floating-point type (N, D), precision "", or the parts of a Quantized; ids int64
+# (Q, C), -1 for none -> the `keep` best float32 scores, ids.
+rescore_candidates = register(
+    "rescore(Tensor queries, Tensor rows, Tensor? scale, Tensor? offset, str precision, Tensor ids, int keep)"
+    " -> (Tensor, Tensor)",
+    _rescore,
+    _rescore_fake,
+)
 
 
 @without_autocast
@@ -275,7 +297,10 @@ def search(
     scores, ids = _first_stage(queries, base, keep, query_bits, allowed)
     for place, (name, level) in enumerate(zip(names, levels), start=1):
         keep = k if place == len(levels) else max(k, keep // 2)
-        scores, ids = _rescore(queries, level, ids, keep)
+        parts = (level, None, None, "")
+        if isinstance(level, Quantized):
+            parts = (level.codes, level.scale, level.offset, level.precision)
+        scores, ids = rescore_candidates(queries, *parts, ids, keep)
         bad = ~torch.isfinite(scores) & (ids >= 0)
         if values_checked(scores) and bad.any():
             row = int(ids[bad][0])
