@@ -66,12 +66,17 @@ void scan_words(int dim, const uint64_t* packed, int queries, const uint8_t* row
         const int64_t end = least(begin + block, count);
         for (int query = 0; query < queries; ++query) {
             const uint64_t* bits = packed + static_cast<int64_t>(query) * n;
+            // A copy that compilers know nobody else writes to stays in registers.
+            uint64_t copy[W > 0 ? W : 1];
+            for (int w = 0; w < W; ++w) copy[w] = bits[w];
+            const uint64_t* signs = W > 0 ? copy : bits;
             int32_t threshold = keeper->thresholds[query];
             for (int64_t row = begin; row < end; ++row) {
                 const uint8_t* here = rows + row * stride;
-                int same = dim - popcount((load_word(here + (n - 1) * 8) ^ bits[n - 1]) & mask);
+                int distance = popcount((load_word(here + (n - 1) * 8) ^ signs[n - 1]) & mask);
 #pragma GCC unroll 16
-                for (int w = 0; w < n - 1; ++w) same -= popcount(load_word(here + w * 8) ^ bits[w]);
+                for (int w = 0; w < n - 1; ++w) distance += popcount(load_word(here + w * 8) ^ signs[w]);
+                const int same = dim - distance;
                 if (same > threshold) {
                     keep(keeper, query, same, first_id + row);
                     threshold = keeper->thresholds[query];
