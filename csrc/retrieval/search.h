@@ -7,9 +7,10 @@
 //   bits      one bit b each, highest first     sum u*(2b - 1)
 //   hamming   the same                          D - 2*hamming(u > 0, b)
 //
-// u is in [-63, 63]. Inside, codes are unsigned, v = c + 128, c + 8 or b, and S = sum u*v: pairs of products stay
-// below 255*63*2 = 32,130 < 2^15, so 16-bit sums of two never saturate; more are added in 16 bits only as far as the
-// packed query itself rules out overflow for every base. S must fit 32 bits: 255*63*D < 2^31, D <= kMaxDim.
+// u is in [-63, 63]. Inside, codes of 8 and 4 bits are unsigned, v = c + 128 or c + 8, and S = sum u*v: pairs of
+// products stay below 255*63*2 = 32,130 < 2^15, so 16-bit sums of two never saturate; more are added in 16 bits only as
+// far as the packed query itself rules out overflow for every base. S must fit 32 bits: 255*63*D < 2^31, D <= kMaxDim.
+// Bits: S is the sum over u*b less its least value, 0 to sum |u|; against signs the number of equal bits.
 #pragma once
 
 #include <cstddef>
