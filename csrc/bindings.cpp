@@ -67,7 +67,8 @@ Vectors vectors_of(const VectorsTuple& given) {
 
 SearchArguments search_arguments(int form, int dim, int flip, int64_t queries, int64_t count, int64_t stride, int k,
                           int threads) {
-    if (form < 0 || form >= kForms || dim < 1 || dim > kMaxDim || k < 1 || k > kMaxK || k > count || queries < 0)
+    if (form < 0 || form > static_cast<int>(Form::float16) || dim < 1 || dim > kMaxDim || k < 1 || k > kMaxK ||
+        k > count || queries < 0)
         throw std::invalid_argument("search: form, dim, k, count or queries out of range");
     SearchArguments a{};
     a.form = static_cast<Form>(form);
@@ -76,6 +77,24 @@ SearchArguments search_arguments(int form, int dim, int flip, int64_t queries, i
     a.queries = queries;
     a.count = count;
     a.stride = stride;
+    a.k = k;
+    a.threads = threads;
+    return a;
+}
+
+// form, dim, queries, stride, candidates of each, k, threads
+using RescoreTuple = std::tuple<int, int, int64_t, int64_t, int64_t, int, int>;
+
+RescoreArguments rescore_arguments(const RescoreTuple& given) {
+    const auto [form, dim, queries, stride, count, k, threads] = given;
+    if (form < static_cast<int>(Form::float32) || form >= kForms || dim < 1 || queries < 0 || k < 1 || k > count)
+        throw std::invalid_argument("rescore: form, dim, queries, k or candidates out of range");
+    RescoreArguments a{};
+    a.form = static_cast<Form>(form);
+    a.dim = dim;
+    a.queries = queries;
+    a.stride = stride;
+    a.count = count;
     a.k = k;
     a.threads = threads;
     return a;
@@ -208,6 +227,24 @@ PYBIND11_MODULE(_C, module) {
         a.ids = reinterpret_cast<int64_t*>(ids);
         py::gil_scoped_release released;
         return search(kernels, a, reinterpret_cast<unsigned char*>(workspace));
+    });
+
+    module.def("rescore_workspace", [](const RescoreTuple& sizes) {
+        return rescore_workspace(*chosen.search, rescore_arguments(sizes));
+    });
+    module.def("rescore", [](const RescoreTuple& sizes, uintptr_t given, uintptr_t rows, uintptr_t candidates,
+                             uintptr_t scores, uintptr_t ids, uintptr_t workspace, size_t workspace_bytes) {
+        RescoreArguments a = rescore_arguments(sizes);
+        const SearchKernels& kernels = *chosen.search;
+        if (workspace_bytes < rescore_workspace(kernels, a))
+            throw std::invalid_argument("rescore: workspace too small");
+        a.given = reinterpret_cast<const float*>(given);
+        a.rows = reinterpret_cast<const uint8_t*>(rows);
+        a.candidates = reinterpret_cast<const int64_t*>(candidates);
+        a.scores = reinterpret_cast<int32_t*>(scores);
+        a.ids = reinterpret_cast<int64_t*>(ids);
+        py::gil_scoped_release released;
+        return rescore(kernels, a, reinterpret_cast<unsigned char*>(workspace));
     });
 
     module.attr("MAX_BATCH") = kMaxBatch;

@@ -101,7 +101,7 @@ uint32_t encode_bits(const float* x, int count, uint8_t flip, uint8_t* codes) {
     __m256 finite = _mm256_setzero_ps();
     // As in `levels`; then each eight is turned round.
     const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    const __m256i turned = _mm256_set_epi64x(0x08090A0B0C0D0E0F, 0x0001020304050607, 0x08090A0B0C0D0E0F, 0x0001020304050607);
+    const __m256i turned = _mm256_broadcastsi128_si256(_mm_set_epi64x(0x08090A0B0C0D0E0F, 0x0001020304050607));
     const int32_t flips = static_cast<int32_t>(flip * 0x01010101u);
     const auto positive = [&](const float* at) {
         const __m256 values = _mm256_loadu_ps(at), zero = _mm256_setzero_ps();

@@ -6,10 +6,10 @@
 // Turned rows are kept for the next query; for one query they are looked up as they are turned. One query of signs
 // counts bits instead: turning the rows would cost more than it saves.
 
-constexpr int kTurned = 16;              // bytes of a row that are turned at once
-constexpr int kNibbleBytes = 24 << 10;   // of turned rows, kept in the first-level cache while all queries pass over it
+constexpr int kTurned = 16;             // bytes of a row that are turned at once
+constexpr int kNibbleBytes = 24 << 10;  // of turned rows, kept in the first-level cache while all queries pass over it
+constexpr int64_t kTouched = 128;       // rows that are brought into it at once for one query
 constexpr int kRuns[] = {63, 32, 16, 12, 8, 6, 5, 4, 3, 2, 1};
-constexpr int64_t kTouched = 128;  // rows
 constexpr int kTurnedRuns[] = {8, 4, 2, 1};  // of one query
 
 int bytes_of(int dim) { return (dim + 7) / 8; }
@@ -45,27 +45,25 @@ size_t tables_packed_size(int dim, int queries) {
     return aligned(sizeof(Runs) * queries) + static_cast<size_t>(queries) * 2 * bits_row_bytes(dim) * 16;
 }
 
-size_t tables_scratch_size(int dim, int) { 
+size_t tables_scratch_size(int dim, int) {
     return static_cast<size_t>(parts_of(dim)) * 32 * (groups_of(dim) + bits_row_bytes(dim));
 }
 
 // The longest of the runs given, falling to 1, that no rows can make overflow.
 template <int kCount>
 Runs longest(const int (&lengths)[kCount], const uint8_t* tables, int groups) {
-    int64_t total = 0;
-    int chosen = 0, sums[kCount] = {};
+    int total = 0, chosen = 0, sums[kCount] = {};
     bool unsafe[kCount] = {};
     for (int group = 0; group < groups; ++group) {
-        int largest = 0;
-        for (int i = 0; i < 16; ++i)
-            if (tables[group * 16 + i] > largest) largest = tables[group * 16 + i];
+        // Entries of opposite places add up to sum |u|, the largest.
+        const int largest = tables[group * 16] + tables[group * 16 + 15];
         total += largest;
-        for (int i = 0; i < kCount; ++i) {
+        for (int i = chosen; i < kCount; ++i) {
             sums[i] = (group % lengths[i] == 0 ? 0 : sums[i]) + largest;
             if (sums[i] > 255) unsafe[i] = true;
         }
+        while (chosen < kCount - 1 && unsafe[chosen]) ++chosen;
     }
-    while (unsafe[chosen]) ++chosen;
     // 260 groups of at most 4*63 stay below 2^16 - 1.
     return {lengths[chosen], total < 65535 ? groups : 260 / lengths[chosen] * lengths[chosen]};
 }
@@ -77,18 +75,21 @@ void pack_tables(int dim, const void* given, int queries, uint8_t flip, unsigned
     for (int query = 0; query < queries; ++query, u += dim) {
         uint8_t* tables = const_cast<uint8_t*>(view.of(query));
         for (int group = 0; group < view.groups; ++group) {
-            // Flipped bits swap entries.
-            const int flipped = flip >> (group % 2 == 0 ? 4 : 0) & 15;
-            int values[4], least_sum = 0, sums[16] = {};
+            int values[4], sums[16] = {};
             for (int i = 0; i < 4; ++i) {
                 const int d = 4 * group + i;
                 values[i] = d >= dim ? 0 : kSigns ? (u[d] > 0 ? 1 : -1) : u[d];
-                least_sum += values[i] < 0 ? values[i] : 0;
+                sums[0] -= values[i] < 0 ? values[i] : 0;
             }
-            for (int place = 0; place < 16; ++place) {
-                for (int i = 0; i < 4; ++i) sums[place] += place >> (3 - i) & 1 ? values[i] : 0;
-                tables[group * 16 + (place ^ flipped)] = static_cast<uint8_t>(sums[place] - least_sum);
+            for (int place = 1; place < 16; ++place) {
+                // The lowest bit's dimension, which comes last, beside the other bits.
+                const int last = place & 1 ? 3 : place & 2 ? 2 : place & 4 ? 1 : 0;
+                sums[place] = sums[place & (place - 1)] + values[last];
             }
+            // Flipped bits swap entries.
+            const int flipped = flip >> (group % 2 == 0 ? 4 : 0) & 15;
+            for (int place = 0; place < 16; ++place)
+                tables[group * 16 + (place ^ flipped)] = static_cast<uint8_t>(sums[place]);
         }
         std::memset(tables + view.groups * 16, 0, (view.stride - view.groups) * 16);
         const_cast<Runs*>(view.runs)[query] = queries == 1 ? longest(kTurnedRuns, tables, view.groups)
@@ -393,98 +394,3 @@ void scan_tables(int dim, const unsigned char* packed, int queries, uint8_t, con
 
 constexpr FormKernels kBits = {bits_row_bytes, tables_packed_size, tables_scratch_size, pack_tables<false>,
                                scan_tables};
-
-// ---- Signs against bits by counting those that differ: S = D - distance.
-
-int words_of(int dim) { return (dim + 63) / 64; }
-
-uint64_t load_word(const uint8_t* bytes) {
-    uint64_t word;
-    std::memcpy(&word, bytes, 8);
-    return word;
-}
-
-int popcount(uint64_t x) {
-#if defined(__AVX2__)
-    return static_cast<int>(_mm_popcnt_u64(x));
-#else
-    x -= (x >> 1) & 0x5555555555555555;
-    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333);
-    return static_cast<int>(((x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101 >> 56);
-#endif
-}
-
-bool counted(int queries) {
-#if defined(__AVX2__)
-    return queries == 1;
-#else
-    return queries > 0;
-#endif
-}
-
-size_t signs_packed_size(int dim, int queries) {
-    if (!counted(queries)) return tables_packed_size(dim, queries);
-    return aligned((static_cast<size_t>(queries) * words_of(dim) + 1) * 8);
-}
-
-size_t signs_scratch_size(int dim, int queries) { return counted(queries) ? 0 : tables_scratch_size(dim, queries); }
-
-// Sign bits of each query, xor-ed with flip, then one word that masks the unused bits of a row's last word.
-void pack_signs(int dim, const void* given, int queries, uint8_t flip, unsigned char* packed) {
-    if (!counted(queries)) return pack_tables<true>(dim, given, queries, flip, packed);
-    const int8_t* u = static_cast<const int8_t*>(given);
-    const int words = words_of(dim);
-    const size_t bytes = static_cast<size_t>(words) * 8;
-    for (int q = 0; q < queries; ++q) {
-        unsigned char* bits = packed + q * bytes;
-        std::memset(bits, 0, bytes);
-        for (int d = 0; d < dim; ++d)
-            if (u[static_cast<int64_t>(q) * dim + d] > 0) bits[d / 8] |= static_cast<unsigned char>(0x80 >> d % 8);
-        for (size_t i = 0; i < bytes; ++i) bits[i] ^= flip;
-    }
-    unsigned char* mask = packed + queries * bytes;
-    std::memset(mask, 0, 8);
-    for (int d = (words - 1) * 64; d < dim; ++d) mask[d % 64 / 8] |= static_cast<unsigned char>(0x80 >> d % 8);
-}
-
-// W words per row (0: as many as D takes).
-template <int W>
-void scan_words(int dim, const uint64_t* packed, int queries, const uint8_t* rows, int64_t stride, int64_t count,
-                int64_t first_id, Keeper* keeper) {
-    const int n = W > 0 ? W : words_of(dim);
-    const uint64_t mask = packed[static_cast<int64_t>(queries) * n];
-    const int64_t block = queries == 1 ? count : kNibbleBytes / (n * 8) + 1;
-    for (int64_t begin = 0; begin < count; begin += block) {
-        const int64_t end = least(begin + block, count);
-        for (int query = 0; query < queries; ++query) {
-            const uint64_t* bits = packed + static_cast<int64_t>(query) * n;
-            int32_t threshold = keeper->thresholds[query];
-            for (int64_t row = begin; row < end; ++row) {
-                const uint8_t* here = rows + row * stride;
-                int same = dim - popcount((load_word(here + (n - 1) * 8) ^ bits[n - 1]) & mask);
-#pragma GCC unroll 16
-                for (int w = 0; w < n - 1; ++w) same -= popcount(load_word(here + w * 8) ^ bits[w]);
-                if (same > threshold) {
-                    keep(keeper, query, same, first_id + row);
-                    threshold = keeper->thresholds[query];
-                }
-            }
-        }
-    }
-}
-
-void scan_signs(int dim, const unsigned char* packed, int queries, uint8_t flip, const uint8_t* rows, int64_t stride,
-                int64_t count, int64_t first_id, Keeper* keeper, unsigned char* scratch) {
-    if (!counted(queries))
-        return scan_tables(dim, packed, queries, flip, rows, stride, count, first_id, keeper, scratch);
-    const int words = words_of(dim);
-    const auto scan = words == 4    ? scan_words<4>
-                      : words == 6  ? scan_words<6>
-                      : words == 8  ? scan_words<8>
-                      : words == 12 ? scan_words<12>
-                      : words == 16 ? scan_words<16>
-                                    : scan_words<0>;
-    scan(dim, reinterpret_cast<const uint64_t*>(packed), queries, rows, stride, count, first_id, keeper);
-}
-
-constexpr FormKernels kSigns = {bits_row_bytes, signs_packed_size, signs_scratch_size, pack_signs, scan_signs};

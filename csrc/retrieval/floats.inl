@@ -61,6 +61,13 @@ inline int above(const Eight& x, const Eight& limit) {
 }
 #endif
 
+// Signed bytes, as the codes of a level that rescores.
+struct Whole8 {
+    using Stored = int8_t;
+    static constexpr bool kHalf = false;
+    static float value(int8_t x) { return x; }
+};
+
 template <class Type>
 inline Eight load_as_floats(const typename Type::Stored* x) {
     float space[8];
@@ -318,3 +325,14 @@ void scan_floats(int dim, const unsigned char* packed, int queries, uint8_t, con
 template <class Type>
 constexpr FormKernels kFloats = {float_row_bytes<Type>, float_packed_size, float_scratch_size<Type>, pack_floats,
                                  scan_floats<Type>};
+
+// One query at a time.
+template <class Type>
+void scan_one(int dim, const unsigned char* packed, int, uint8_t, const uint8_t* rows, int64_t stride, int64_t count,
+              int64_t first_id, Keeper* keeper, unsigned char*) {
+    scan_streamed<Type, 1>(dim, reinterpret_cast<const float*>(packed), rows, stride, count, first_id, keeper);
+}
+
+size_t no_scratch(int, int) { return 0; }
+
+constexpr FormKernels kWhole8 = {float_row_bytes<Whole8>, float_packed_size, no_scratch, pack_floats, scan_one<Whole8>};

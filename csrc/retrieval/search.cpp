@@ -133,18 +133,16 @@ struct Pass {
             kept = merge_into(best, kept, keys_of, more);
         }
         const int64_t row = first_query + query, add = zero(row);
-        // -infinity's bits where no row was found, for floats.
-        const int32_t none = is_float(a.form) ? static_cast<int32_t>(0xFF800000) : INT_MIN;
+        const int32_t none = is_float(a.form) ? kNoFloat : INT_MIN;
         for (int64_t place = 0; place < a.k; ++place) {
             const bool found = place < kept;
-            a.scores[row * a.k + place] = found ? final_score(add, best[place] >> 32) : none;
-            a.ids[row * a.k + place] = found ? 0xFFFFFFFFll - (best[place] & 0xFFFFFFFFll) : -1;
+            a.scores[row * a.k + place] = found ? final_score(add, best[place]) : none;
+            a.ids[row * a.k + place] = found ? id_of_key(best[place]) : -1;
         }
     }
 
-    int32_t final_score(int64_t zero, int64_t s) const {
-        if (is_float(a.form)) return static_cast<int32_t>(s) ^ (static_cast<int32_t>(s) >> 31 & 0x7FFFFFFF);
-        return static_cast<int32_t>(zero + factor() * s);
+    int32_t final_score(int64_t zero, int64_t key) const {
+        return is_float(a.form) ? float_of_key(key) : static_cast<int32_t>(zero + factor() * (key >> 32));
     }
 
     // Merges two falling runs into the first's place, keeping k.
@@ -167,7 +165,8 @@ size_t search_workspace(const SearchKernels& kernels, const SearchArguments& a) 
 
 bool search(const SearchKernels& kernels, const SearchArguments& a, unsigned char* workspace) {
     const Layout layout(kernels, a);
-    Pass pass{form_of(kernels, a), a, layout, workspace, workspace + layout.packed, nullptr, nullptr, nullptr, nullptr, 0, 0, 0};
+    Pass pass{form_of(kernels, a), a, layout, workspace, workspace + layout.packed,
+              nullptr, nullptr, nullptr, nullptr, 0, 0, 0};
     pass.tail_rows = pass.scratch + layout.scratch * layout.slots;
     pass.keys = reinterpret_cast<int64_t*>(pass.tail_rows + layout.tail_rows);
     pass.counts = reinterpret_cast<int32_t*>(reinterpret_cast<unsigned char*>(pass.keys) + layout.keys);

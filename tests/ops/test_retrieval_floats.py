@@ -1,4 +1,4 @@
-"""Native search of float32 and float16 bases, held to the definition; sums of small integers are exact in any order."""
+"""Native search of float bases and rescoring, held to the definition; sums of small integers are exact in any order."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from retrieval_cases import ISAS, C, restore_isa, unit  # noqa: F401
 from tolerances import TOLERANCE
 
 from leafkern.errors import InputError
-from leafkern.ops import search
+from leafkern.ops import Quantized, quantize, search
 from leafkern.ops.retrieval import float_search, native, reference
 
 pytestmark = pytest.mark.skipif(C is None, reason="leafkern._C is not built")
@@ -149,6 +149,14 @@ def test_sums_that_overflow_are_named(q):
         search(torch.ones(q, 64), base, 2)
 
 
+@pytest.mark.parametrize("precision", ["", "int8", "int4"])
+def test_rescoring_is_registered(precision):
+    base, ids = unit(120, 9), candidates(4, 120, 8)
+    level = quantize(base, precision or "float32")
+    given = (unit(4, 9), level.codes, level.scale, level.offset, precision, ids, 3)
+    torch.library.opcheck(torch.ops.leafkern.rescore.default, given)
+
+
 def test_registered():
     queries, base = unit(5, 24), unit(40, 24)
     allowed = torch.rand(40) < 0.5
@@ -156,3 +164,55 @@ def test_registered():
     compiled = torch.compile(float_search, backend="aot_eager", fullgraph=True)
     for found, right in zip(compiled(queries, base, 3), search(queries, base, 3)):
         assert torch.equal(found, right)
+
+
+# ---- Rescoring.
+
+
+def candidates(q, n, count):
+    """(q, count) different rows each, in any order, some of them -1."""
+    ids = torch.stack([torch.randperm(n)[:count] for _ in range(q)])
+    return ids.masked_fill(torch.rand(ids.shape) < 0.2, -1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [*native.FLOAT_FORMS, torch.int8])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rescoring_equals_the_reference(poisoned, isa, dtype, threads):
+    C.select_isa(isa)
+    for q, n, dim, count, keep in [(1, 50, 33, 40, 10), (70, 300, 384, 40, 40), (3, 9, 1, 9, 4), (2, 5, 8, 1, 1)]:
+        level = integers(n, dim, dtype)
+        if dtype == torch.int8:
+            level = Quantized(level, torch.ones(dim) * 2, torch.arange(dim) % 3 - 1.0, "int8", dim)
+        queries, ids = integers(q, dim), candidates(q, n, count)
+        found = native.rescore(queries, level, ids, keep, threads)
+        right = reference.rescore(queries, level, ids, keep)
+        assert all(torch.equal(a, b) for a, b in zip(found, right))
+
+
+@pytest.mark.parametrize("q", [0, 1, 20])
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_rescored_search_equals_the_reference_within_rounding(monkeypatch, q, precision):
+    base = unit(500, 70)
+    queries, coarse, level = unit(q, 70), quantize(base, "binary"), quantize(base, precision)
+    for allowed in (None, torch.rand(500) < 0.02):
+        found = search(queries, coarse, 5, rescore=[level, base], allowed=allowed)
+        monkeypatch.setenv("LEAFKERN_BACKEND", "retrieval=reference")
+        right = search(queries, coarse, 5, rescore=[level, base], allowed=allowed)
+        monkeypatch.delenv("LEAFKERN_BACKEND")
+        torch.testing.assert_close(found[0], right[0], rtol=1e-5, atol=1e-5)
+        # Rows whose scores differ by rounding alone may change places.
+        products = (queries[:, None] * base[found[1]]).sum(2).masked_fill(found[1] < 0, -torch.inf)
+        torch.testing.assert_close(found[0], products, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("dtype", native.FLOAT_FORMS)
+def test_rescoring_names_what_is_not_finite(dtype, bad):
+    base = unit(60, 16)
+    level = base.to(dtype).clone()
+    level[41, 3] = float(bad)
+    # All rows are candidates; the score of this one is not the lowest, which would only not be found.
+    queries = unit(3, 16).abs() * (-1 if bad == "-inf" else 1)
+    with pytest.raises(InputError, match="rescore: row 41 holds NaN or infinity"):
+        search(queries, quantize(base, "int8"), 15, rescore=level)

@@ -6,7 +6,7 @@ import torch
 
 from leafkern.errors import InputError
 from leafkern.ops._core import launch
-from leafkern.ops._core.backend import choose
+from leafkern.ops._core.backend import choose, forced_backend
 from leafkern.ops._core.checks import check_finite_rows, check_floating, check_same_device, check_tensor, values_checked
 from leafkern.ops._core.registration import register, without_autocast
 from leafkern.ops.quantization import Quantized, code_width
@@ -241,6 +241,40 @@ def _first_stage(
     return scores.masked_fill(none, -torch.inf), ids
 
 
+def _rescore(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    scale: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    precision: str,
+    ids: torch.Tensor,
+    keep: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    level = Quantized(rows, scale, offset, precision, queries.shape[1]) if precision else rows
+    # Not a choice that a setting could force: what the kernels don't know, the reference rescores for every backend.
+    on_cpu = queries.device.type == "cpu"
+    if on_cpu and forced_backend("retrieval") in (None, "native") and native.rescores(queries, level):
+        found = native.rescore(queries, level, ids, keep)
+        if found is not None:
+            return found
+    return reference.rescore(queries, level, ids, keep)
+
+
+def _rescore_fake(queries, rows, scale, offset, precision, ids, keep):
+    shape = (queries.shape[0], min(keep, ids.shape[1]))
+    return queries.new_empty(shape), ids.new_empty(shape)
+
+
+# queries float32 (Q, D); rows of any floating-point type (N, D), precision "", or the parts of a Quantized; ids int64
+# (Q, C), -1 for none -> the `keep` best float32 scores, ids.
+rescore_candidates = register(
+    "rescore(Tensor queries, Tensor rows, Tensor? scale, Tensor? offset, str precision, Tensor ids, int keep)"
+    " -> (Tensor, Tensor)",
+    _rescore,
+    _rescore_fake,
+)
+
+
 @without_autocast
 def search(
     queries: torch.Tensor,
@@ -282,7 +316,7 @@ def search(
 
     Backends (k: oversample*k when rescoring): Triton (CUDA; int8, int4, fp8, binary, float32, float16, bfloat16; k <=
     1024; float scores are those of float32, rows that tie to their rounding may come in another order); native (CPU;
-    int8, int4, binary, float32, float16; k <= 2048); else the PyTorch reference.
+    int8, int4, binary, float32, float16; k <= 2048; levels of float32, float16 or int8); else the PyTorch reference.
     """
     check_floating("queries", queries, ndim=2)
     if queries.shape[1] < 1:
@@ -309,7 +343,10 @@ def search(
     scores, ids = _first_stage(queries, base, keep, query_bits, allowed)
     for place, (name, level) in enumerate(zip(names, levels), start=1):
         keep = k if place == len(levels) else max(k, keep // 2)
-        scores, ids = reference.rescore(queries, level, ids, keep)
+        parts = (level, None, None, "")
+        if isinstance(level, Quantized):
+            parts = (level.codes, level.scale, level.offset, level.precision)
+        scores, ids = rescore_candidates(queries, *parts, ids, keep)
         bad = ~torch.isfinite(scores) & (ids >= 0)
         if values_checked(scores) and bad.any():
             row = int(ids[bad][0])

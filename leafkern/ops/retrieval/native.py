@@ -3,8 +3,10 @@
 import torch
 
 from leafkern.ops._core.native import library, unavailable
+from leafkern.ops.quantization import Quantized
 
 FLOAT_FORMS = {torch.float32: 4, torch.float16: 5}
+_LEVEL_FORMS = FLOAT_FORMS | {torch.int8: 6}
 
 
 def unsuited(queries: torch.Tensor, rows: torch.Tensor, k: int) -> str | None:
@@ -49,6 +51,42 @@ def float_search(
     """As `reference.blocked_float`, for contiguous rows of float32 or float16; None where a score is not finite."""
     scores, ids, finite = _search(FLOAT_FORMS[base.dtype], 0, queries, base, k, allowed, threads)
     return (scores.view(torch.float32), ids) if finite else None
+
+
+def rescores(queries: torch.Tensor, level: torch.Tensor | Quantized) -> bool:
+    """Whether `rescore` knows this level."""
+    if isinstance(level, Quantized) and level.precision == "binary":
+        return False
+    rows = level.codes if isinstance(level, Quantized) else level
+    return rows.device.type == "cpu" and rows.dtype in _LEVEL_FORMS and unsuited(queries, rows, 1) is None
+
+
+def rescore(
+    queries: torch.Tensor,
+    level: torch.Tensor | Quantized,
+    ids: torch.Tensor,
+    keep: int,
+    threads: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """As `reference.rescore`, for contiguous rows of float32, float16 or int8; None where a score is not finite."""
+    module, _ = library()
+    rows, bias = (level.codes, level.offset) if isinstance(level, Quantized) else (level, None)
+    folded = queries if bias is None else queries * level.scale
+    folded, ids = folded.contiguous(), ids.contiguous()
+    keep = min(keep, ids.shape[1])
+    scores = torch.empty((len(ids), keep), dtype=torch.int32, device="cpu")
+    best = torch.empty((len(ids), keep), dtype=torch.int64, device="cpu")
+    if scores.numel() == 0:
+        return scores.view(torch.float32), best
+    stride = (rows.stride(0) if len(rows) > 1 else rows.shape[1]) * rows.element_size()
+    sizes = (_LEVEL_FORMS[rows.dtype], rows.shape[1], len(ids), stride, ids.shape[1], keep)
+    sizes += (threads or torch.get_num_threads(),)
+    workspace = torch.empty(module.rescore_workspace(sizes), dtype=torch.uint8, device="cpu")
+    pointers = [part.data_ptr() for part in (folded, rows, ids, scores, best, workspace)]
+    if not module.rescore(sizes, *pointers, workspace.numel()):
+        return None
+    scores = scores.view(torch.float32)
+    return (scores if bias is None else scores + (queries * bias).sum(1, keepdim=True)), best
 
 
 def _search(

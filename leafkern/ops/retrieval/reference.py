@@ -133,4 +133,4 @@ def rescore(
         products = (rows.view(*candidates.shape, part.shape[1]) * part[:, None, :]).sum(2)
         scores.append(products.masked_fill(candidates < 0, -torch.inf))
     best, places = torch.cat(scores).sort(dim=1, descending=True, stable=True)
-    return best[:, :keep], ids.gather(1, places[:, :keep])
+    return best[:, :keep].contiguous(), ids.gather(1, places[:, :keep])
