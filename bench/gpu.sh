@@ -81,7 +81,7 @@ mapfile -t native_tests < <(grep -rl --include='test_*.py' '_core.native import 
 # Over a thousand kernels are compiled, one after the other in a process.
 side_by_side=()
 if "$python" -c 'import xdist' 2>/dev/null; then side_by_side=(-n 8 --dist worksteal); fi
-kernel_tests=("$root"/tests/gpu/test_{pooling,attention,norm,relative,distill,contrastive}_gpu.py)
+kernel_tests=("$root"/tests/gpu/test_{pooling,attention,norm,relative,distill,contrastive,retrieval}_gpu.py)
 no_sanitizer() { # why compute-sanitizer can't run here; nothing when it can
     if ! command -v compute-sanitizer >/dev/null; then
         echo "compute-sanitizer is not installed"

@@ -46,7 +46,7 @@ def show(items: list[cubin.Shipped], workers: int | None) -> list[cubin.Compiled
     # Piped, a table keeps its full width; progress is talk and goes to stderr.
     talk, out = Console(stderr=True), Console()
     out = out if out.is_terminal else Console(width=200)
-    total = len(items) * len(cubin.ARCHITECTURES)
+    total = sum(len(item.architectures) for item in items)
     compiled = cubin.compile_all(items, workers)
     found = list(track(compiled, "compiling", total, console=talk, disable=not talk.is_terminal, transient=True))
     table = Table(title=f"Triton {metadata.version('triton')}, {len(items)} configurations", title_justify="left")

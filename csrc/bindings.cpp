@@ -13,6 +13,7 @@
 #include "common/rows.h"
 #include "contrastive/contrastive.h"
 #include "distill/distill.h"
+#include "quantization/quantization.h"
 #include "relative/relative.h"
 #include "retrieval/search.h"
 
@@ -27,10 +28,12 @@ struct Kernels {
     const RelativeKernels* relative;
     const DistillKernels* distill;
     const ContrastiveKernels* contrastive;
+    const QuantizationKernels* quantization;
 };
 
 #define LEAFKERN_KERNELS(isa) \
-    {&isa::row_kernels, &isa::search_kernels, &isa::relative_kernels, &isa::distill_kernels, &isa::contrastive_kernels}
+    {&isa::row_kernels,     &isa::search_kernels,      &isa::relative_kernels, \
+     &isa::distill_kernels, &isa::contrastive_kernels, &isa::quantization_kernels}
 
 Kernels chosen = LEAFKERN_KERNELS(portable);
 
@@ -52,9 +55,20 @@ void select_isa(const std::string& name) {
     chosen = LEAFKERN_KERNELS(portable);
 }
 
+// type, values, rows, dim, row stride, stride, threads
+using VectorsTuple = std::tuple<int, uintptr_t, int64_t, int64_t, int64_t, int64_t, int>;
+
+Vectors vectors_of(const VectorsTuple& given) {
+    const auto [type, values, rows, dim, row_stride, stride, threads] = given;
+    if (type < 0 || type > 2 || rows < 0 || dim < 0 || threads < 1)
+        throw std::invalid_argument("quantize: type, rows, dim or threads out of range");
+    return {static_cast<FloatType>(type), reinterpret_cast<const void*>(values), rows, dim, row_stride, stride};
+}
+
 SearchArguments search_arguments(int form, int dim, int flip, int64_t queries, int64_t count, int64_t stride, int k,
                           int threads) {
-    if (form < 0 || form > 3 || dim < 1 || dim > kMaxDim || k < 1 || k > kMaxK || k > count || queries < 0)
+    if (form < 0 || form > static_cast<int>(Form::float16) || dim < 1 || dim > kMaxDim || k < 1 || k > kMaxK ||
+        k > count || queries < 0)
         throw std::invalid_argument("search: form, dim, k, count or queries out of range");
     SearchArguments a{};
     a.form = static_cast<Form>(form);
@@ -63,6 +77,24 @@ SearchArguments search_arguments(int form, int dim, int flip, int64_t queries, i
     a.queries = queries;
     a.count = count;
     a.stride = stride;
+    a.k = k;
+    a.threads = threads;
+    return a;
+}
+
+// form, dim, queries, stride, candidates of each, k, threads
+using RescoreTuple = std::tuple<int, int, int64_t, int64_t, int64_t, int, int>;
+
+RescoreArguments rescore_arguments(const RescoreTuple& given) {
+    const auto [form, dim, queries, stride, count, k, threads] = given;
+    if (form < static_cast<int>(Form::float32) || form >= kForms || dim < 1 || queries < 0 || k < 1 || k > count)
+        throw std::invalid_argument("rescore: form, dim, queries, k or candidates out of range");
+    RescoreArguments a{};
+    a.form = static_cast<Form>(form);
+    a.dim = dim;
+    a.queries = queries;
+    a.stride = stride;
+    a.count = count;
     a.k = k;
     a.threads = threads;
     return a;
@@ -156,6 +188,25 @@ PYBIND11_MODULE(_C, module) {
         inverse_norms(*chosen.rows, m);
     });
 
+    // Whether every entry is finite and stays so.
+    module.def("encode", [](const VectorsTuple& given, int form, int flip, uintptr_t low, uintptr_t step,
+                            uintptr_t codes) {
+        const Vectors x = vectors_of(given);
+        if (form < 0 || form > 3) throw std::invalid_argument("encode: form out of range");
+        const Codes c{static_cast<CodeForm>(form), static_cast<uint8_t>(flip), reinterpret_cast<const float*>(low),
+                      reinterpret_cast<const float*>(step), reinterpret_cast<uint8_t*>(codes)};
+        py::gil_scoped_release released;
+        return encode(*chosen.quantization, x, c, std::get<6>(given));
+    });
+    // Whether every entry is finite; found: (2, dim), smallest and largest.
+    module.def("extremes", [](const VectorsTuple& given, uintptr_t found) {
+        const Vectors x = vectors_of(given);
+        const int threads = std::get<6>(given);
+        std::vector<float> spare(static_cast<size_t>(threads) * 2 * x.dim);
+        py::gil_scoped_release released;
+        return extremes(*chosen.quantization, x, threads, reinterpret_cast<float*>(found), spare.data());
+    });
+
     module.attr("MAX_DIM") = kMaxDim;
     module.attr("MAX_K") = kMaxK;
 
@@ -164,18 +215,36 @@ PYBIND11_MODULE(_C, module) {
                    return search_workspace(*chosen.search, search_arguments(form, dim, flip, queries, count, stride, k, threads));
                });
     module.def("search", [](int form, int dim, int flip, int64_t queries, int64_t count, int64_t stride, int k,
-                            int threads, uintptr_t u, uintptr_t rows, uintptr_t allowed, uintptr_t scores,
+                            int threads, uintptr_t given, uintptr_t rows, uintptr_t allowed, uintptr_t scores,
                             uintptr_t ids, uintptr_t workspace, size_t workspace_bytes) {
         SearchArguments a = search_arguments(form, dim, flip, queries, count, stride, k, threads);
         const SearchKernels& kernels = *chosen.search;
         if (workspace_bytes < search_workspace(kernels, a)) throw std::invalid_argument("search: workspace too small");
-        a.u = reinterpret_cast<const int8_t*>(u);
+        a.given = reinterpret_cast<const void*>(given);
         a.rows = reinterpret_cast<const uint8_t*>(rows);
         a.allowed = reinterpret_cast<const uint8_t*>(allowed);
         a.scores = reinterpret_cast<int32_t*>(scores);
         a.ids = reinterpret_cast<int64_t*>(ids);
         py::gil_scoped_release released;
-        search(kernels, a, reinterpret_cast<unsigned char*>(workspace));
+        return search(kernels, a, reinterpret_cast<unsigned char*>(workspace));
+    });
+
+    module.def("rescore_workspace", [](const RescoreTuple& sizes) {
+        return rescore_workspace(*chosen.search, rescore_arguments(sizes));
+    });
+    module.def("rescore", [](const RescoreTuple& sizes, uintptr_t given, uintptr_t rows, uintptr_t candidates,
+                             uintptr_t scores, uintptr_t ids, uintptr_t workspace, size_t workspace_bytes) {
+        RescoreArguments a = rescore_arguments(sizes);
+        const SearchKernels& kernels = *chosen.search;
+        if (workspace_bytes < rescore_workspace(kernels, a))
+            throw std::invalid_argument("rescore: workspace too small");
+        a.given = reinterpret_cast<const float*>(given);
+        a.rows = reinterpret_cast<const uint8_t*>(rows);
+        a.candidates = reinterpret_cast<const int64_t*>(candidates);
+        a.scores = reinterpret_cast<int32_t*>(scores);
+        a.ids = reinterpret_cast<int64_t*>(ids);
+        py::gil_scoped_release released;
+        return rescore(kernels, a, reinterpret_cast<unsigned char*>(workspace));
     });
 
     module.attr("MAX_BATCH") = kMaxBatch;

@@ -3,11 +3,14 @@
 // Four dimensions of a row are a place in a table of 16 entries that each query brings for them: the group's share of
 // S, at most 4*63. Rows are turned so that 32 of them are looked up at once (vpshufb). Entries of a run of groups are
 // summed in 8 bits, runs of a segment in 16; packing chooses both by the query itself so that no sum can overflow.
-// One query of signs alone counts bits instead: turning the rows would cost more than it saves.
+// Turned rows are kept for the next query; for one query they are looked up as they are turned. One query of signs
+// counts bits instead: turning the rows would cost more than it saves.
 
-constexpr int kTurned = 16;              // bytes of a row that are turned at once
-constexpr int kNibbleBytes = 24 << 10;   // of turned rows, kept in the first-level cache while all queries pass over it
+constexpr int kTurned = 16;             // bytes of a row that are turned at once
+constexpr int kNibbleBytes = 24 << 10;  // of turned rows, kept in the first-level cache while all queries pass over it
+constexpr int64_t kTouched = 128;       // rows that are brought into it at once for one query
 constexpr int kRuns[] = {63, 32, 16, 12, 8, 6, 5, 4, 3, 2, 1};
+constexpr int kTurnedRuns[] = {8, 4, 2, 1};  // of one query
 
 int bytes_of(int dim) { return (dim + 7) / 8; }
 int groups_of(int dim) { return 2 * bytes_of(dim); }
@@ -26,47 +29,43 @@ struct Runs {
 
 // Per query its Runs; then, query by query, a table for every group: first the four dimensions of a byte's high bits.
 struct Tables {
-    int groups;
+    int groups, stride;  // tables of one query: as many as it has groups, and zeros up to whole turns
     const Runs* runs;
     const uint8_t* entries;
 
     Tables(const unsigned char* packed, int dim, int queries)
         : groups(groups_of(dim)),
+          stride(static_cast<int>(2 * bits_row_bytes(dim))),
           runs(reinterpret_cast<const Runs*>(packed)),
           entries(packed + aligned(sizeof(Runs) * queries)) {}
-    const uint8_t* of(int query) const { return entries + static_cast<int64_t>(query) * groups * 16; }
+    const uint8_t* of(int query) const { return entries + static_cast<int64_t>(query) * stride * 16; }
 };
 
 size_t tables_packed_size(int dim, int queries) {
-    return aligned(sizeof(Runs) * queries) + static_cast<size_t>(queries) * groups_of(dim) * 16;
+    return aligned(sizeof(Runs) * queries) + static_cast<size_t>(queries) * 2 * bits_row_bytes(dim) * 16;
 }
 
-size_t tables_scratch_size(int dim, int) { return static_cast<size_t>(parts_of(dim)) * groups_of(dim) * 32; }
+size_t tables_scratch_size(int dim, int) {
+    return static_cast<size_t>(parts_of(dim)) * 32 * (groups_of(dim) + bits_row_bytes(dim));
+}
 
-// largest: per group, its table's largest entry.
-Runs runs_of(const uint8_t* tables, int groups) {
-    const auto largest = [&](int group) {
-        int found = 0;
-        for (int i = 0; i < 16; ++i)
-            if (tables[group * 16 + i] > found) found = tables[group * 16 + i];
-        return found;
-    };
-    int64_t total = 0;
-    bool safe[sizeof(kRuns) / sizeof(kRuns[0])];
-    int sums[sizeof(kRuns) / sizeof(kRuns[0])] = {};
-    for (bool& each : safe) each = true;
+// The longest of the runs given, falling to 1, that no rows can make overflow.
+template <int kCount>
+Runs longest(const int (&lengths)[kCount], const uint8_t* tables, int groups) {
+    int total = 0, chosen = 0, sums[kCount] = {};
+    bool unsafe[kCount] = {};
     for (int group = 0; group < groups; ++group) {
-        const int here = largest(group);
-        total += here;
-        for (size_t i = 0; i < sizeof(kRuns) / sizeof(kRuns[0]); ++i) {
-            sums[i] = (group % kRuns[i] == 0 ? 0 : sums[i]) + here;
-            if (sums[i] > 255) safe[i] = false;
+        // Entries of opposite places add up to sum |u|, the largest.
+        const int largest = tables[group * 16] + tables[group * 16 + 15];
+        total += largest;
+        for (int i = chosen; i < kCount; ++i) {
+            sums[i] = (group % lengths[i] == 0 ? 0 : sums[i]) + largest;
+            if (sums[i] > 255) unsafe[i] = true;
         }
+        while (chosen < kCount - 1 && unsafe[chosen]) ++chosen;
     }
-    int chosen = 0;
-    while (!safe[chosen]) ++chosen;
     // 260 groups of at most 4*63 stay below 2^16 - 1.
-    return {kRuns[chosen], total < 65535 ? groups : 260 / kRuns[chosen] * kRuns[chosen]};
+    return {lengths[chosen], total < 65535 ? groups : 260 / lengths[chosen] * lengths[chosen]};
 }
 
 template <bool kSigns>
@@ -76,90 +75,140 @@ void pack_tables(int dim, const void* given, int queries, uint8_t flip, unsigned
     for (int query = 0; query < queries; ++query, u += dim) {
         uint8_t* tables = const_cast<uint8_t*>(view.of(query));
         for (int group = 0; group < view.groups; ++group) {
-            // Flipped bits swap entries.
-            const int flipped = flip >> (group % 2 == 0 ? 4 : 0) & 15;
-            int values[4], least_sum = 0, sums[16] = {};
+            int values[4], sums[16] = {};
             for (int i = 0; i < 4; ++i) {
                 const int d = 4 * group + i;
                 values[i] = d >= dim ? 0 : kSigns ? (u[d] > 0 ? 1 : -1) : u[d];
-                least_sum += values[i] < 0 ? values[i] : 0;
+                sums[0] -= values[i] < 0 ? values[i] : 0;
             }
-            for (int place = 0; place < 16; ++place) {
-                for (int i = 0; i < 4; ++i) sums[place] += place >> (3 - i) & 1 ? values[i] : 0;
-                tables[group * 16 + (place ^ flipped)] = static_cast<uint8_t>(sums[place] - least_sum);
+            for (int place = 1; place < 16; ++place) {
+                // The lowest bit's dimension, which comes last, beside the other bits.
+                const int last = place & 1 ? 3 : place & 2 ? 2 : place & 4 ? 1 : 0;
+                sums[place] = sums[place & (place - 1)] + values[last];
             }
+            // Flipped bits swap entries.
+            const int flipped = flip >> (group % 2 == 0 ? 4 : 0) & 15;
+            for (int place = 0; place < 16; ++place)
+                tables[group * 16 + (place ^ flipped)] = static_cast<uint8_t>(sums[place]);
         }
-        const_cast<Runs*>(view.runs)[query] = runs_of(tables, view.groups);
+        std::memset(tables + view.groups * 16, 0, (view.stride - view.groups) * 16);
+        const_cast<Runs*>(view.runs)[query] = queries == 1 ? longest(kTurnedRuns, tables, view.groups)
+                                                           : longest(kRuns, tables, view.groups);
     }
 }
 
 #if defined(__AVX2__)
 
-// Sixteen bytes of 32 rows, rows i and i + 16 in the two halves of x[i] -> byte i of all of them, in order.
-inline void turn(__m256i* x) {
-    __m256i y[16];
+// A step of two in turning: the bytes of a, b, c and d one by one.
+inline void interleave(__m256i a, __m256i b, __m256i c, __m256i d, __m256i* out) {
+    const __m256i ac = _mm256_unpacklo_epi8(a, c), more_ac = _mm256_unpackhi_epi8(a, c);
+    const __m256i bd = _mm256_unpacklo_epi8(b, d), more_bd = _mm256_unpackhi_epi8(b, d);
+    out[0] = _mm256_unpacklo_epi8(ac, bd);
+    out[1] = _mm256_unpackhi_epi8(ac, bd);
+    out[2] = _mm256_unpacklo_epi8(more_ac, more_bd);
+    out[3] = _mm256_unpackhi_epi8(more_ac, more_bd);
+}
+
+// Calls use(byte, rows' bytes of that place) for 32 rows in their order, from `begin` to kTurned bytes on or `end`,
+// four places at a time.
+template <typename Use>
+inline void turn(const uint8_t* rows, int64_t stride, int begin, int end, const Use& use) {
+    // Rows i and i + 16 in the two halves.
+    const auto load = [&](int i) {
+        const __m128i* low = reinterpret_cast<const __m128i*>(rows + i * stride + begin);
+        const __m128i* high = reinterpret_cast<const __m128i*>(rows + (i + 16) * stride + begin);
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)), _mm_loadu_si128(high), 1);
+    };
+    __m256i half[16];
 #pragma GCC unroll 4
-    for (int stage = 0; stage < 4; ++stage) {
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-            y[2 * i] = _mm256_unpacklo_epi8(x[i], x[i + 8]);
-            y[2 * i + 1] = _mm256_unpackhi_epi8(x[i], x[i + 8]);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) x[i] = y[i];
+    for (int i = 0; i < 4; ++i) interleave(load(i), load(i + 4), load(i + 8), load(i + 12), half + 4 * i);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        if (begin + 4 * i >= end) break;
+        __m256i turned[4];
+        interleave(half[i], half[i + 4], half[i + 8], half[i + 12], turned);
+        use(begin + 4 * i, turned);
     }
 }
 
-// Four bits of every row to a byte: for each group `parts` times 32 rows. Fewer rows than 32*parts: the last is
-// repeated.
+inline __m256i high_bits(__m256i x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+inline __m256i low_bits(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+
+// Four bits of each of 32*kParts rows to a byte: for each group, kParts times 32 rows.
 template <int kParts>
-void turn_rows(const uint8_t* rows, int64_t stride, int64_t count, int bytes, uint8_t* nibbles) {
-    const __m256i low = _mm256_set1_epi8(15);
+void store_turned(const uint8_t* rows, int64_t stride, int bytes, uint8_t* nibbles) {
     for (int part = 0; part < kParts; ++part)
-        for (int begin = 0; begin < bytes; begin += kTurned) {
-            __m256i x[16];
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i) {
-                const uint8_t* first = rows + least<int64_t>(part * 32 + i, count - 1) * stride + begin;
-                const uint8_t* second = rows + least<int64_t>(part * 32 + i + 16, count - 1) * stride + begin;
-                x[i] = _mm256_inserti128_si256(
-                    _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(first))),
-                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(second)), 1);
+        for (int begin = 0; begin < bytes; begin += kTurned)
+            turn(rows + part * 32 * stride, stride, begin, bytes, [&](int place, const __m256i* turned) {
+                __m256i* out = reinterpret_cast<__m256i*>(nibbles) + 2 * place * kParts + part;
+                for (int i = 0; i < least(4, bytes - place); ++i, out += 2 * kParts) {
+                    _mm256_storeu_si256(out, high_bits(turned[i]));
+                    _mm256_storeu_si256(out + kParts, low_bits(turned[i]));
+                }
+            });
+}
+
+// 16-bit sums of bytes: `all` holds those at odd places too, times 256.
+struct Sums {
+    __m256i all, odd;
+
+    void clear() { all = odd = _mm256_setzero_si256(); }
+    void add(__m256i bytes) {
+        all = _mm256_add_epi16(all, bytes);
+        odd = _mm256_add_epi16(odd, _mm256_srli_epi16(bytes, 8));
+    }
+    __m256i even() const { return _mm256_sub_epi16(all, _mm256_slli_epi16(odd, 8)); }
+};
+
+inline __m256i entries(const uint8_t* tables, int64_t group, __m256i places) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tables) + group);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), places);
+}
+
+// S of 32 rows, looked up as they are turned: even rows in low, odd ones in high.
+template <int kRun>
+void look_up_turning(const uint8_t* rows, int64_t stride, int bytes, const uint8_t* tables, __m256i* low,
+                     __m256i* high) {
+    Sums sums;
+    sums.clear();
+    for (int begin = 0; begin < bytes; begin += kTurned)
+        turn(rows, stride, begin, bytes, [&](int place, const __m256i* turned) {
+            __m256i found[8];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                found[2 * i] = entries(tables, 2 * (place + i), high_bits(turned[i]));
+                found[2 * i + 1] = entries(tables, 2 * (place + i) + 1, low_bits(turned[i]));
             }
-            turn(x);
-            __m256i* out = reinterpret_cast<__m256i*>(nibbles) + 2 * begin * kParts + part;
-            const int here = least(kTurned, bytes - begin);
-            for (int i = 0; i < here; ++i, out += 2 * kParts) {
-                _mm256_storeu_si256(out, _mm256_and_si256(_mm256_srli_epi16(x[i], 4), low));
-                _mm256_storeu_si256(out + kParts, _mm256_and_si256(x[i], low));
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i += kRun) {
+#pragma GCC unroll 8
+                for (int j = 1; j < kRun; ++j) found[i] = _mm256_add_epi8(found[i], found[i + j]);
+                sums.add(found[i]);
             }
-        }
+        });
+    *low = sums.even();
+    *high = sums.odd;
 }
 
 // S of 32*kParts rows over `groups` groups: even rows in low, odd ones in high. kRun 0: runs of `run`.
 template <int kParts, int kRun>
 inline void look_up(const uint8_t* nibbles, const uint8_t* tables, int64_t groups, int64_t run, __m256i* low,
                     __m256i* high) {
-    __m256i all[kParts], odd[kParts], sums[kParts];
+    Sums sums[kParts];
+    __m256i bytes[kParts];
 #pragma GCC unroll 4
-    for (int part = 0; part < kParts; ++part) all[part] = odd[part] = _mm256_setzero_si256();
+    for (Sums& each : sums) each.clear();
     const auto add = [&](int64_t group, bool first) {
-        const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tables) + group);
-        const __m256i both = _mm256_broadcastsi128_si256(table);
         const __m256i* places = reinterpret_cast<const __m256i*>(nibbles) + group * kParts;
 #pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
-            const __m256i entries = _mm256_shuffle_epi8(both, _mm256_loadu_si256(places + part));
-            sums[part] = first ? entries : _mm256_add_epi8(sums[part], entries);
+            const __m256i found = entries(tables, group, _mm256_loadu_si256(places + part));
+            bytes[part] = first ? found : _mm256_add_epi8(bytes[part], found);
         }
     };
-    // The 16-bit sums of `all` hold the odd rows too, times 256, which are taken out at the end.
     const auto widen = [&] {
 #pragma GCC unroll 4
-        for (int part = 0; part < kParts; ++part) {
-            all[part] = _mm256_add_epi16(all[part], sums[part]);
-            odd[part] = _mm256_add_epi16(odd[part], _mm256_srli_epi16(sums[part], 8));
-        }
+        for (int part = 0; part < kParts; ++part) sums[part].add(bytes[part]);
     };
     int64_t group = 0;
     const int64_t step = kRun > 0 ? kRun : run;
@@ -176,8 +225,8 @@ inline void look_up(const uint8_t* nibbles, const uint8_t* tables, int64_t group
     }
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) {
-        low[part] = _mm256_sub_epi16(all[part], _mm256_slli_epi16(odd[part], 8));
-        high[part] = odd[part];
+        low[part] = sums[part].even();
+        high[part] = sums[part].odd;
     }
 }
 
@@ -202,11 +251,10 @@ void keep_some(uint32_t candidates, const uint16_t* values, int64_t first_id, Ke
     }
 }
 
+// Offers S of 32*kParts rows, of which there are `count`.
 template <int kParts>
-void scan_segment(const uint8_t* nibbles, const uint8_t* tables, Runs runs, int64_t groups, int64_t count,
-                  int64_t first_id, Keeper* keeper, int query) {
-    __m256i low[kParts], high[kParts];
-    look_up_runs<kParts>(nibbles, tables, groups, runs.run, low, high);
+inline void keep_better(const __m256i* low, const __m256i* high, int64_t count, int64_t first_id, Keeper* keeper,
+                        int query) {
     __m256i best = _mm256_max_epu16(low[0], high[0]);
     for (int part = 1; part < kParts; ++part)
         best = _mm256_max_epu16(best, _mm256_max_epu16(low[part], high[part]));
@@ -224,6 +272,14 @@ void scan_segment(const uint8_t* nibbles, const uint8_t* tables, Runs runs, int6
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + 16), high[part]);
         keep_some(found, values, first_id + part * 32, keeper, query);
     }
+}
+
+template <int kParts>
+void scan_segment(const uint8_t* nibbles, const uint8_t* tables, Runs runs, int64_t groups, int64_t count,
+                  int64_t first_id, Keeper* keeper, int query) {
+    __m256i low[kParts], high[kParts];
+    look_up_runs<kParts>(nibbles, tables, groups, runs.run, low, high);
+    keep_better<kParts>(low, high, count, first_id, keeper, query);
 }
 
 // Where 16 bits don't hold the sum of all groups.
@@ -246,12 +302,33 @@ void scan_segments(const uint8_t* nibbles, const uint8_t* tables, Runs runs, int
         if (sums[row] > keeper->thresholds[query]) keep(keeper, query, sums[row], first_id + row);
 }
 
+// The first of `size` rows, of which there are `count`: copied to space where they are fewer, beside whatever stands
+// there from before.
+const uint8_t* whole(const uint8_t* rows, int64_t* stride, int64_t size, int64_t count, int bytes, uint8_t* space) {
+    if (count >= size) return rows;
+    const int64_t width = (bytes + kTurned - 1) / kTurned * kTurned;
+    for (int64_t row = 0; row < count; ++row) std::memcpy(space + row * width, rows + row * *stride, bytes);
+    *stride = width;
+    return space;
+}
+
+// Brings rows into the cache. They are turned in an order that the hardware's prefetching does not see through, nor do
+// prefetch instructions help as much.
+void touch(const uint8_t* rows, int64_t stride, int64_t count, int bytes) {
+    for (int64_t row = 0; row < count; ++row, rows += stride)
+        for (int i = 0; i < bytes; i += 64) static_cast<void>(*const_cast<const volatile uint8_t*>(rows + i));
+}
+
 template <int kParts>
 void scan_parts(const Tables& view, int bytes, int queries, const uint8_t* rows, int64_t stride, int64_t count,
                 int64_t first_id, Keeper* keeper, uint8_t* nibbles) {
-    for (int64_t begin = 0; begin < count; begin += 32 * kParts) {
-        const int64_t now = least<int64_t>(32 * kParts, count - begin);
-        turn_rows<kParts>(rows + begin * stride, stride, now, bytes, nibbles);
+    constexpr int kRows = 32 * kParts;
+    for (int64_t begin = 0; begin < count; begin += kRows) {
+        const int64_t now = least<int64_t>(kRows, count - begin);
+        int64_t step = stride;
+        touch(rows + begin * stride, stride, now, bytes);
+        const uint8_t* here = whole(rows + begin * stride, &step, kRows, now, bytes, nibbles + kRows * view.groups);
+        store_turned<kParts>(here, step, bytes, nibbles);
         for (int query = 0; query < queries; ++query) {
             const Runs runs = view.runs[query];
             const auto scan = runs.segment == view.groups ? scan_segment<kParts> : scan_segments<kParts>;
@@ -260,11 +337,33 @@ void scan_parts(const Tables& view, int bytes, int queries, const uint8_t* rows,
     }
 }
 
+template <int kRun>
+void scan_turning(const Tables& view, int bytes, const uint8_t* rows, int64_t stride, int64_t count, int64_t first_id,
+                  Keeper* keeper, uint8_t* space) {
+    for (int64_t begin = 0; begin < count; begin += 32) {
+        if (begin % kTouched == 0) touch(rows + begin * stride, stride, least(kTouched, count - begin), bytes);
+        const int64_t now = least<int64_t>(32, count - begin);
+        int64_t step = stride;
+        const uint8_t* here = whole(rows + begin * stride, &step, 32, now, bytes, space);
+        __m256i low, high;
+        look_up_turning<kRun>(here, step, bytes, view.of(0), &low, &high);
+        keep_better<1>(&low, &high, now, first_id + begin, keeper, 0);
+    }
+}
+
 void scan_tables(int dim, const unsigned char* packed, int queries, uint8_t, const uint8_t* rows, int64_t stride,
-                 int64_t count, int64_t first_id, Keeper* keeper, unsigned char* nibbles) {
-    const int parts = parts_of(dim);
+                 int64_t count, int64_t first_id, Keeper* keeper, unsigned char* space) {
+    const Tables view(packed, dim, queries);
+    const int bytes = bytes_of(dim), parts = parts_of(dim), run = view.runs[0].run;
+    if (queries == 1 && view.runs[0].segment == view.groups) {
+        const auto scan = run == 8   ? scan_turning<8>
+                          : run == 4 ? scan_turning<4>
+                          : run == 2 ? scan_turning<2>
+                                     : scan_turning<1>;
+        return scan(view, bytes, rows, stride, count, first_id, keeper, space);
+    }
     const auto scan = parts == 4 ? scan_parts<4> : parts == 2 ? scan_parts<2> : scan_parts<1>;
-    scan(Tables(packed, dim, queries), bytes_of(dim), queries, rows, stride, count, first_id, keeper, nibbles);
+    scan(view, bytes, queries, rows, stride, count, first_id, keeper, space);
 }
 
 #else
@@ -295,98 +394,3 @@ void scan_tables(int dim, const unsigned char* packed, int queries, uint8_t, con
 
 constexpr FormKernels kBits = {bits_row_bytes, tables_packed_size, tables_scratch_size, pack_tables<false>,
                                scan_tables};
-
-// ---- Signs against bits by counting those that differ: S = D - distance.
-
-int words_of(int dim) { return (dim + 63) / 64; }
-
-uint64_t load_word(const uint8_t* bytes) {
-    uint64_t word;
-    std::memcpy(&word, bytes, 8);
-    return word;
-}
-
-int popcount(uint64_t x) {
-#if defined(__AVX2__)
-    return static_cast<int>(_mm_popcnt_u64(x));
-#else
-    x -= (x >> 1) & 0x5555555555555555;
-    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333);
-    return static_cast<int>(((x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101 >> 56);
-#endif
-}
-
-bool counted(int queries) {
-#if defined(__AVX2__)
-    return queries == 1;
-#else
-    return queries > 0;
-#endif
-}
-
-size_t signs_packed_size(int dim, int queries) {
-    if (!counted(queries)) return tables_packed_size(dim, queries);
-    return aligned((static_cast<size_t>(queries) * words_of(dim) + 1) * 8);
-}
-
-size_t signs_scratch_size(int dim, int queries) { return counted(queries) ? 0 : tables_scratch_size(dim, queries); }
-
-// Sign bits of each query, xor-ed with flip, then one word that masks the unused bits of a row's last word.
-void pack_signs(int dim, const void* given, int queries, uint8_t flip, unsigned char* packed) {
-    if (!counted(queries)) return pack_tables<true>(dim, given, queries, flip, packed);
-    const int8_t* u = static_cast<const int8_t*>(given);
-    const int words = words_of(dim);
-    const size_t bytes = static_cast<size_t>(words) * 8;
-    for (int q = 0; q < queries; ++q) {
-        unsigned char* bits = packed + q * bytes;
-        std::memset(bits, 0, bytes);
-        for (int d = 0; d < dim; ++d)
-            if (u[static_cast<int64_t>(q) * dim + d] > 0) bits[d / 8] |= static_cast<unsigned char>(0x80 >> d % 8);
-        for (size_t i = 0; i < bytes; ++i) bits[i] ^= flip;
-    }
-    unsigned char* mask = packed + queries * bytes;
-    std::memset(mask, 0, 8);
-    for (int d = (words - 1) * 64; d < dim; ++d) mask[d % 64 / 8] |= static_cast<unsigned char>(0x80 >> d % 8);
-}
-
-// W words per row (0: as many as D takes).
-template <int W>
-void scan_words(int dim, const uint64_t* packed, int queries, const uint8_t* rows, int64_t stride, int64_t count,
-                int64_t first_id, Keeper* keeper) {
-    const int n = W > 0 ? W : words_of(dim);
-    const uint64_t mask = packed[static_cast<int64_t>(queries) * n];
-    const int64_t block = queries == 1 ? count : kNibbleBytes / (n * 8) + 1;
-    for (int64_t begin = 0; begin < count; begin += block) {
-        const int64_t end = least(begin + block, count);
-        for (int query = 0; query < queries; ++query) {
-            const uint64_t* bits = packed + static_cast<int64_t>(query) * n;
-            int32_t threshold = keeper->thresholds[query];
-            for (int64_t row = begin; row < end; ++row) {
-                const uint8_t* here = rows + row * stride;
-                int same = dim - popcount((load_word(here + (n - 1) * 8) ^ bits[n - 1]) & mask);
-#pragma GCC unroll 16
-                for (int w = 0; w < n - 1; ++w) same -= popcount(load_word(here + w * 8) ^ bits[w]);
-                if (same > threshold) {
-                    keep(keeper, query, same, first_id + row);
-                    threshold = keeper->thresholds[query];
-                }
-            }
-        }
-    }
-}
-
-void scan_signs(int dim, const unsigned char* packed, int queries, uint8_t flip, const uint8_t* rows, int64_t stride,
-                int64_t count, int64_t first_id, Keeper* keeper, unsigned char* scratch) {
-    if (!counted(queries))
-        return scan_tables(dim, packed, queries, flip, rows, stride, count, first_id, keeper, scratch);
-    const int words = words_of(dim);
-    const auto scan = words == 4    ? scan_words<4>
-                      : words == 6  ? scan_words<6>
-                      : words == 8  ? scan_words<8>
-                      : words == 12 ? scan_words<12>
-                      : words == 16 ? scan_words<16>
-                                    : scan_words<0>;
-    scan(dim, reinterpret_cast<const uint64_t*>(packed), queries, rows, stride, count, first_id, keeper);
-}
-
-constexpr FormKernels kSigns = {bits_row_bytes, signs_packed_size, signs_scratch_size, pack_signs, scan_signs};

@@ -22,7 +22,9 @@ size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 #include "common/topk.inl"
 #include "retrieval/bits.inl"
+#include "retrieval/floats.inl"
 #include "retrieval/integers.inl"
+#include "retrieval/signs.inl"
 
 #define LEAFKERN_TEXT_(x) #x
 #define LEAFKERN_TEXT(x) LEAFKERN_TEXT_(x)
@@ -30,8 +32,9 @@ size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 }  // namespace
 
 extern const SearchKernels search_kernels;
-const SearchKernels search_kernels = {LEAFKERN_TEXT(LEAFKERN_ISA),
-                                      {kValues<Int8>, kValues<Int4>, kBits, kSigns}};
+const SearchKernels search_kernels = {
+    LEAFKERN_TEXT(LEAFKERN_ISA),
+    {kValues<Int8>, kValues<Int4>, kBits, kSigns, kFloats<Float32>, kFloats<Float16>, kWhole8}};
 
 }  // namespace LEAFKERN_ISA
 }  // namespace leafkern

@@ -2,6 +2,7 @@
 #include "retrieval/search.h"
 
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <cstdlib>
 #include <cstring>
@@ -18,7 +19,10 @@ constexpr int64_t kChunkBytes = 256 << 10;    // of base, claimed by a thread at
 constexpr int64_t kThreadWork = 1 << 20;      // bytes of base times queries below which a thread is not worth waking
 constexpr int64_t kGap = 64;                  // rows of which none is allowed that are worth passing over
 
+bool is_float(Form form) { return form == Form::float32 || form == Form::float16; }
+
 int64_t stored_bytes(Form form, int dim) {
+    if (is_float(form)) return static_cast<int64_t>(dim) * (form == Form::float32 ? 4 : 2);
     return form == Form::int8 ? dim : form == Form::int4 ? (dim + 1) / 2 : (dim + 7) / 8;
 }
 
@@ -44,7 +48,7 @@ struct Layout {
         slots = static_cast<int>(std::clamp<int64_t>(work / kThreadWork, 1, std::max(a.threads, 1)));
         const int64_t by_keepers = kKeeperBytes / (sizeof(int64_t) * a.k * slots);
         const int64_t query_bytes = form.packed_size(a.dim, 64) / 64;
-        block = std::clamp<int64_t>(kQueryBytes / query_bytes, 12, 1536);
+        block = std::clamp<int64_t>(kQueryBytes / query_bytes / 16 * 16, 16, 1536);
         block = std::max<int64_t>(1, std::min({block, by_keepers, a.queries}));
         packed = aligned(form.packed_size(a.dim, static_cast<int>(block)));
         scratch = aligned(form.scratch_size(a.dim, static_cast<int>(block)));
@@ -65,6 +69,7 @@ struct Pass {
     int64_t first_query;
     int queries;
     int64_t chunk;
+    std::atomic<bool> finite{true};
 
     Keeper keeper(int slot) const {
         const int64_t first = slot * layout.block;
@@ -92,21 +97,23 @@ struct Pass {
         }
     }
 
-    void scan(int64_t index, int slot) const {
+    void scan(int64_t index, int slot) {
         Keeper kept = keeper(slot);
         unsigned char* space = scratch + slot * layout.scratch;
         const int64_t direct = a.count - layout.tail, end = std::min((index + 1) * chunk, direct);
         offer(a.rows, a.stride, 0, index * chunk, end, &kept, space);
         if (end == direct) offer(tail_rows, layout.row, direct, 0, layout.tail, &kept, space);
+        if (!kept.finite) finite.store(false, std::memory_order_relaxed);
     }
 
     // I = zero + factor*S.
     int64_t factor() const { return a.form == Form::hamming || a.form == Form::bits ? 2 : 1; }
     int64_t zero(int64_t query) const {
         if (a.form == Form::hamming) return -a.dim;
+        if (is_float(a.form)) return 0;
         int64_t sum = 0, sizes = 0;
         for (int d = 0; d < a.dim; ++d) {
-            const int u = a.u[query * a.dim + d];
+            const int u = static_cast<const int8_t*>(a.given)[query * a.dim + d];
             sum += u;
             sizes += std::abs(u);
         }
@@ -126,11 +133,16 @@ struct Pass {
             kept = merge_into(best, kept, keys_of, more);
         }
         const int64_t row = first_query + query, add = zero(row);
+        const int32_t none = is_float(a.form) ? kNoFloat : INT_MIN;
         for (int64_t place = 0; place < a.k; ++place) {
             const bool found = place < kept;
-            a.scores[row * a.k + place] = found ? static_cast<int32_t>(add + factor() * (best[place] >> 32)) : INT_MIN;
-            a.ids[row * a.k + place] = found ? 0xFFFFFFFFll - (best[place] & 0xFFFFFFFFll) : -1;
+            a.scores[row * a.k + place] = found ? final_score(add, best[place]) : none;
+            a.ids[row * a.k + place] = found ? id_of_key(best[place]) : -1;
         }
+    }
+
+    int32_t final_score(int64_t zero, int64_t key) const {
+        return is_float(a.form) ? float_of_key(key) : static_cast<int32_t>(zero + factor() * (key >> 32));
     }
 
     // Merges two falling runs into the first's place, keeping k.
@@ -151,9 +163,10 @@ struct Pass {
 
 size_t search_workspace(const SearchKernels& kernels, const SearchArguments& a) { return Layout(kernels, a).total(); }
 
-void search(const SearchKernels& kernels, const SearchArguments& a, unsigned char* workspace) {
+bool search(const SearchKernels& kernels, const SearchArguments& a, unsigned char* workspace) {
     const Layout layout(kernels, a);
-    Pass pass{form_of(kernels, a), a, layout, workspace, workspace + layout.packed, nullptr, nullptr, nullptr, nullptr, 0, 0, 0};
+    Pass pass{form_of(kernels, a), a, layout, workspace, workspace + layout.packed,
+              nullptr, nullptr, nullptr, nullptr, 0, 0, 0};
     pass.tail_rows = pass.scratch + layout.scratch * layout.slots;
     pass.keys = reinterpret_cast<int64_t*>(pass.tail_rows + layout.tail_rows);
     pass.counts = reinterpret_cast<int32_t*>(reinterpret_cast<unsigned char*>(pass.keys) + layout.keys);
@@ -167,10 +180,12 @@ void search(const SearchKernels& kernels, const SearchArguments& a, unsigned cha
     pass.chunk = std::clamp<int64_t>(direct / (8 * layout.slots), 1, std::max<int64_t>(kChunkBytes / row, 1));
     pass.chunk = (pass.chunk + 127) / 128 * 128;
     const int64_t chunks = std::max<int64_t>((direct + pass.chunk - 1) / pass.chunk, 1);
+    const int64_t query_bytes = a.dim * (is_float(a.form) ? sizeof(float) : sizeof(int8_t));
     for (int64_t first = 0; first < a.queries; first += layout.block) {
         pass.first_query = first;
         pass.queries = static_cast<int>(std::min(layout.block, a.queries - first));
-        pass.form.pack(a.dim, a.u + first * a.dim, pass.queries, a.flip, pass.packed);
+        const unsigned char* given = static_cast<const unsigned char*>(a.given) + first * query_bytes;
+        pass.form.pack(a.dim, given, pass.queries, a.flip, pass.packed);
         std::fill_n(pass.counts, layout.block * layout.slots, 0);
         std::fill_n(pass.thresholds, layout.block * layout.slots, INT_MIN);
         parallel(
@@ -181,6 +196,7 @@ void search(const SearchKernels& kernels, const SearchArguments& a, unsigned cha
             mergers, pass.queries,
             [](void* context, int64_t index, int) { static_cast<Pass*>(context)->merge(index); }, &pass);
     }
+    return pass.finite;
 }
 
 }  // namespace leafkern

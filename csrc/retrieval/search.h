@@ -1,4 +1,5 @@
-// Search for the k largest integer scores of folded queries, fused with the selection: scores are never stored.
+// Search for the k largest scores of queries, fused with the selection: scores are never stored.
+// Integer scores I of folded queries:
 //
 //   form      base row                          score I of a query u
 //   int8      D signed bytes c                  sum u*c
@@ -6,9 +7,10 @@
 //   bits      one bit b each, highest first     sum u*(2b - 1)
 //   hamming   the same                          D - 2*hamming(u > 0, b)
 //
-// u is in [-63, 63]. Inside, codes are unsigned, v = c + 128, c + 8 or b, and S = sum u*v: pairs of products stay
-// below 255*63*2 = 32,130 < 2^15, so 16-bit sums of two never saturate; more are added in 16 bits only as far as the
-// packed query itself rules out overflow for every base. S must fit 32 bits: 255*63*D < 2^31, D <= kMaxDim.
+// u is in [-63, 63]. Inside, codes of 8 and 4 bits are unsigned, v = c + 128 or c + 8, and S = sum u*v: pairs of
+// products stay below 255*63*2 = 32,130 < 2^15, so 16-bit sums of two never saturate; more are added in 16 bits only as
+// far as the packed query itself rules out overflow for every base. S must fit 32 bits: 255*63*D < 2^31, D <= kMaxDim.
+// Bits: S is the sum over u*b less its least value, 0 to sum |u|; against signs the number of equal bits.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +18,11 @@
 
 namespace leafkern {
 
-enum class Form { int8 = 0, int4 = 1, bits = 2, hamming = 3 };
+// Of float32 queries with the forms float32 and float16, S is the float score itself, kept as an integer that orders as
+// it does. What is no finite number is not kept but told. whole8 is float32 queries with signed bytes, for rescoring.
+enum class Form { int8 = 0, int4 = 1, bits = 2, hamming = 3, float32 = 4, float16 = 5, whole8 = 6 };
+
+constexpr int kForms = 7;
 
 constexpr int kMaxDim = 131072;
 constexpr int kMaxK = 2048;
@@ -28,6 +34,7 @@ struct Keeper {
     int32_t* thresholds;  // (queries,): only higher scores enter; INT32_MIN until k are kept
     int k;
     const uint8_t* allowed;  // per row number, whether it may be kept; null: all may
+    bool finite = true;      // false once a score was met that is not
 };
 
 // One form of base. Each function is given the same `queries` as those that it works with. `flip` is xor-ed to every
@@ -49,7 +56,7 @@ struct FormKernels {
 // What each instruction set offers, by Form.
 struct SearchKernels {
     const char* isa;
-    FormKernels forms[4];
+    FormKernels forms[kForms];
 };
 
 namespace portable { extern const SearchKernels search_kernels; }
@@ -61,18 +68,47 @@ struct SearchArguments {
     Form form;
     int dim;
     uint8_t flip;
-    const int8_t* u;  // (queries, dim), contiguous
+    const void* given;  // queries (queries, dim), contiguous: int8 u, or float for the float forms
     int64_t queries;
     const uint8_t* rows;  // (count, ...), each row contiguous, `stride` bytes apart
     int64_t count, stride;
     const uint8_t* allowed;  // (count,), 0 or 1: rows that may be found; null: all
     int k;                   // <= min(count, kMaxK)
     int threads;
-    int32_t* scores;  // (queries, k); INT32_MIN where fewer rows are allowed
+    int32_t* scores;  // (queries, k), bits of floats for the float forms; INT32_MIN, -inf where fewer rows are allowed
     int64_t* ids;     // (queries, k); -1 there
 };
 
+// A key's id, and the bits of its score where that is a float; the bits of -infinity, where there is none.
+inline int64_t id_of_key(int64_t key) { return 0xFFFFFFFFll - (key & 0xFFFFFFFFll); }
+inline int32_t float_of_key(int64_t key) {
+    const int32_t score = static_cast<int32_t>(key >> 32);
+    return score ^ (score >> 31 & 0x7FFFFFFF);
+}
+constexpr int32_t kNoFloat = static_cast<int32_t>(0xFF800000);
+
 size_t search_workspace(const SearchKernels& kernels, const SearchArguments& arguments);
-void search(const SearchKernels& kernels, const SearchArguments& arguments, unsigned char* workspace);
+// False where a float score is not finite; what was found means nothing then.
+bool search(const SearchKernels& kernels, const SearchArguments& arguments, unsigned char* workspace);
+
+// The best of each query's candidates by the float scores of their rows.
+struct RescoreArguments {
+    Form form;  // float32, float16 or whole8
+    int dim;
+    const float* given;  // (queries, dim), contiguous
+    int64_t queries;
+    const uint8_t* rows;  // each row contiguous, `stride` bytes apart
+    int64_t stride;
+    const int64_t* candidates;  // (queries, count) numbers of rows; -1: none
+    int64_t count;
+    int k;  // <= count
+    int threads;
+    int32_t* scores;  // (queries, k), bits of floats; -inf where there are fewer candidates
+    int64_t* ids;     // (queries, k); -1 there
+};
+
+size_t rescore_workspace(const SearchKernels& kernels, const RescoreArguments& arguments);
+// False where a score is not finite.
+bool rescore(const SearchKernels& kernels, const RescoreArguments& arguments, unsigned char* workspace);
 
 }  // namespace leafkern

@@ -44,7 +44,7 @@ def test_pairs_bind_one_operation_each(setting):
         ("nativ", r"did you mean 'native'"),
         ("retrieval=tritn", r"did you mean 'triton'"),
         ("retrieva=native", r"did you mean 'retrieval'"),
-        ("quantization=flash", r"quantization has no backend 'flash' \(it has: reference\)"),
+        ("quantization=flash", r"quantization has no backend 'flash' \(it has: native, reference\)"),
     ],
 )
 def test_wrong_settings_are_named(setting, value, message):

@@ -37,7 +37,7 @@ def test_the_list_is_whole_and_short():
     assert len(names) == len(set(names))
     assert 1 <= len(TESTED) <= MOST_TESTED
     with_kernels = {item.operation for item in items}
-    assert {"attention", "contrastive", "distill", "norm", "pooling", "relative"} <= with_kernels
+    assert {"attention", "contrastive", "distill", "norm", "pooling", "relative", "retrieval"} <= with_kernels
     assert {item.operation for item in TESTED} == with_kernels
     # Every kernel of an operation is tested in at least one configuration.
     assert {id(item.kernel) for item in TESTED} == {id(item.kernel) for item in items}
@@ -283,6 +283,39 @@ def test_what_contrastive_launches_is_what_is_listed(launches):
     kernels.soft_label_loss(queries, positives, scores, 96, 0.05, 0.05, [384], [1.0], [True, True])
     kernels.soft_label_loss(queries, mixed, scores[:, :4], 96, 0.05, 0.05, [384], [1.0], [True, True])
     hold_listed(launches, "contrastive")
+
+
+def test_what_search_launches_is_what_is_listed(launches, monkeypatch):
+    from leafkern.ops.retrieval import kernels
+
+    few, many = torch.ones(1, 384, dtype=torch.int8), torch.ones(1000, 384, dtype=torch.int8)
+    codes = torch.zeros(300, 384, dtype=torch.int8)
+    kernels.search(few, codes, 10, 8, 8)
+    kernels.search(many, codes, 10, 8, 8, torch.ones(300, dtype=torch.bool))
+    bits = torch.zeros(300, 48, dtype=torch.uint8)
+    kernels.search(few, bits, 10, 1, 1)
+    kernels.search(few, bits, 10, 1, 8)
+    kernels.search(many[:, :100].contiguous(), bits[:, :13].contiguous(), 10, 1, 8)
+    assert len(launches) == 15
+    kernels.float_search(few.float(), codes.half(), 10)
+    for native in (False, True):
+        monkeypatch.setattr(kernels, "_takes_fp8", lambda device, native=native: native)
+        kernels.fp8_search(many.float(), codes.to(torch.float8_e4m3fn), torch.ones(300), 10)
+    assert len(launches) == 24
+    # Groups of tiles.
+    kernels._best_tiles(torch.zeros(1, 5000), 10)
+    kernels._best_tiles(torch.zeros(1, 5000, dtype=torch.int32), 10)
+    assert len(launches) == 28
+    hold_listed(launches, "retrieval")
+
+
+def test_search_takes_the_instructions_that_it_counts_on(compiled):
+    assert compiled["retrieval", "scan int8 D=384 Q=1000", 90].wgmma
+    assert compiled["retrieval", "scan bits D=384 Q=1000", 90].wgmma
+    item = next(item for item in TESTED if item.name == "bits D=384 P=7")
+    kernel = triton.compile(cubin.source(item), target=GPUTarget("cuda", 90, 32), options=dict(item.options))
+    # Seven planes of 16 words for each thread.
+    assert kernel.asm["ptx"].count("popc.b32") == 7 * 16
 
 
 def test_the_table_and_its_exit_status(tmp_path, capsys, monkeypatch):

@@ -91,9 +91,13 @@ def test_kernels_under_sanitizers(sources, sanitizer, library):
     site, _ = install(sources, LEAFKERN_NATIVE="1", LEAFKERN_CXXFLAGS=flags)
     chosen = {
         "test_retrieval.py": "definition or every_thread or saturate or view or beyond or equal_scores",
+        "test_retrieval_floats.py": "definition or wide or views or every_number or not_finite or rescoring",
+        "test_retrieval_bits.py": "one_size or best_and_worst or whole_and_ragged or wider_base",
+        "test_retrieval_allowed.py": "integers_equal",
         "test_relative.py": "native_equals_brute or every_number or finite or triangles or any_scores",
         "test_similarity.py": "native_equals_the_blocked_form",
         "test_distill.py": "alignment_equals or strided_rows",
+        "test_quantization_native.py": "equal_the_reference or views or every_number or rounding or half",
         "test_contrastive_native.py": "equal_the_reference or every_number or exponentials or pieces or overlapping",
     }
     if sanitizer == "thread":
@@ -116,13 +120,25 @@ rng = np.random.default_rng(0)
 codes = rng.integers(-128, 128, (20000, 128), dtype=np.int8)
 u = rng.integers(-63, 64, (4, 128), dtype=np.int8)
 allowed = rng.random(20000) < 0.5
-def search(threads):
+def search(threads, form):
     scores, ids = np.empty((4, 10), np.int32), np.empty((4, 10), np.int64)
-    sizes = (0, 128, 0, 4, 20000, 128, 10, threads)
+    sizes = (form, 128, 0, 4, 20000, 128, 10, threads)
     space = np.empty(_C.search_workspace(*sizes) + 64, np.uint8)
     pointers = [part.ctypes.data for part in (u, codes, allowed, scores, ids, space)]
     _C.search(*sizes, *pointers, len(space))
     return ids
+def floats(threads):
+    scores, ids = np.empty((20, 10), np.int32), np.empty((20, 10), np.int64)
+    sizes = (4, 64, 0, 20, 20000, 256, 10, threads)
+    space = np.empty(_C.search_workspace(*sizes) + 64, np.uint8)
+    pointers = [part.ctypes.data for part in (many, many, allowed, scores, ids, space)]
+    _C.search(*sizes, *pointers, len(space))
+    sizes = (4, 64, 20, 256, 10, 5, threads)
+    space = np.empty(_C.rescore_workspace(sizes), np.uint8)
+    best, ids = ids, np.empty((20, 5), np.int64)
+    pointers = [part.ctypes.data for part in (many, many, best, scores, ids, space)]
+    _C.rescore(sizes, *pointers, len(space))
+    return np.concatenate([best, ids], 1)
 student, teacher = rng.standard_normal((2, 300, 300)), rng.standard_normal((300, 300)).round(2)
 def relative(threads, ties, gap):
     loss, gradient = np.empty(2), np.empty((2, 300, 300))
@@ -146,9 +162,19 @@ def distill(threads):
     _C.distill_align(True, 1, True, 300, 24, 1.0, threads, rows.ctypes.data, 24, gradient.ctypes.data, 24,
                      scores.ctypes.data)
     return np.concatenate([loss, gradient.ravel(), scores.ravel()])
+many = rng.standard_normal((20000, 64)).astype(np.float32)
+def quantization(threads):
+    found = np.empty((2, 64), np.float32)
+    given = (0, many.ctypes.data, *many.shape, 64, 1, threads)
+    codes = np.empty(many.shape, np.int8)
+    _C.extremes(given, found.ctypes.data)
+    step = (found[1] - found[0]) / 255
+    _C.encode(given, 0, 0, found.ctypes.data, step.ctypes.data, codes.ctypes.data)
+    return codes
 def both(threads):
     found = [relative(threads, ties, gap) for ties in (False, True) for gap in (0.0, 0.5)]
-    return [search(threads), distill(threads), *found]
+    searches = [*(search(threads, form) for form in range(4)), floats(threads)]
+    return [*searches, quantization(threads), distill(threads), *found]
 expected = both(1)
 workers = [threading.Thread(target=lambda: [both(4) for _ in range(10)]) for _ in range(3)]
 for worker in workers: worker.start()

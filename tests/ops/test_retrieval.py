@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from retrieval_cases import FORMS, ISAS, C, random_codes, random_queries, restore_isa, unit  # noqa: F401
 
 from leafkern.errors import BackendError, InputError
-from leafkern.ops import Quantized, dequantize, quantize, search
+from leafkern.ops import Quantized, dequantize, quantize, retrieval, search
 from leafkern.ops._core.backend import FallbackWarning
 from leafkern.ops._core.native import library
 from leafkern.ops.quantization import PRECISIONS
@@ -163,12 +163,13 @@ def test_reads_nothing_beyond_the_last_row(bits, tmp_path):
     path = tmp_path / "codes"
     path.write_bytes(codes.numpy().tobytes())
     mapped = torch.from_numpy(np.memmap(path, codes.numpy().dtype, "c", shape=codes.shape))
-    u = random_queries(5, dim, 8)
-    for part in (mapped, mapped[-5:], mapped[-1:]):
-        expected = reference.brute(u, reference.decode(part, bits, dim), 4)
-        scores, ids = native.search(u, part, 4, bits, 8, threads=2)
-        assert torch.equal(scores.double(), expected[0])
-        assert torch.equal(ids, expected[1])
+    for query_bits, q in [(8, 5), (8, 1), *([(1, 5), (1, 1)] if bits == 1 else [])]:
+        u = random_queries(q, dim, query_bits)
+        for part in (mapped, mapped[-5:], mapped[-1:]):
+            expected = reference.brute(u, reference.decode(part, bits, dim), 4)
+            scores, ids = native.search(u, part, 4, bits, query_bits, threads=2)
+            assert torch.equal(scores.double(), expected[0])
+            assert torch.equal(ids, expected[1])
 
 
 # ---- The public function.
@@ -323,11 +324,11 @@ def test_rescoring():
 
 def test_each_level_keeps_half(monkeypatch):
     kept = []
-    plain = reference.rescore
+    plain = retrieval.rescore_candidates
     monkeypatch.setattr(
-        reference,
-        "rescore",
-        lambda q, level, ids, keep: kept.append((ids.shape[1], keep)) or plain(q, level, ids, keep),
+        retrieval,
+        "rescore_candidates",
+        lambda *given: kept.append((given[-2].shape[1], given[-1])) or plain(*given),
     )
     base = unit(500, 16)
     levels = [quantize(base, "int8"), base.half(), base]
@@ -411,7 +412,7 @@ def test_forced_backends(monkeypatch):
         with pytest.raises(BackendError, match=r"above 2048"):
             search(queries, quantize(unit(3000, 24), "int8"), 2049)
         with pytest.raises(BackendError, match="retrieval=native"):
-            search(queries, unit(10, 24), 1)
+            search(queries, unit(10, 24).double(), 1)
 
 
 @needs_native

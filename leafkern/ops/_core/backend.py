@@ -22,8 +22,8 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "distill": ("triton", "native", "reference"),
     "relative": ("triton", "native", "reference"),
     "contrastive": ("triton", "native", "reference"),
-    "quantization": ("reference",),
-    "retrieval": ("native", "reference"),
+    "quantization": ("native", "reference"),
+    "retrieval": ("triton", "native", "reference"),
 }
 
 

@@ -39,7 +39,8 @@ class Shipped:
     signature: argument name -> Triton type ("*fp16", "i64", "fp32"), or a tuple of them; a pointer or integer with the
     suffix ":16" is divisible by 16, as Triton finds for tensors from torch. constants: constexpr arguments, and those
     that are None. options: what the launch passes besides (num_warps, num_stages, maxnreg, enable_fp_fusion). programs:
-    how many the launch counts on to be resident per multiprocessor. tested: part of `make test`.
+    how many the launch counts on to be resident per multiprocessor. tested: part of `make test`. architectures: those
+    that can run it.
     """
 
     operation: str
@@ -50,6 +51,7 @@ class Shipped:
     options: Mapping[str, Any]
     programs: int = 1
     tested: bool = False
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,9 @@ def compile_shipped(item: Shipped, architecture: int) -> Compiled:
 
 
 def compile_all(items: Sequence[Shipped], workers: int | None = None) -> Iterator[Compiled]:
-    """Every one of `items`, all of them from `shipped()`, for every architecture, in order, on `workers` processes
-    (default: one per CPU)."""
-    jobs = [(item.operation, item.name, architecture) for item in items for architecture in ARCHITECTURES]
+    """Every one of `items`, all of them from `shipped()`, for each of its architectures, in order, on `workers`
+    processes (default: one per CPU)."""
+    jobs = [(item.operation, item.name, architecture) for item in items for architecture in item.architectures]
     # Spawned, not forked: torch has threads by now.
     with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_compile_named, *zip(*jobs), chunksize=1)

@@ -7,21 +7,13 @@ import torch
 from leafkern.errors import InputError, unknown_name
 from leafkern.ops._core.backend import choose
 from leafkern.ops._core.checks import check_finite_rows, check_floating, check_same_device, check_tensor, values_checked
+from leafkern.ops._core.native import unavailable
 from leafkern.ops._core.registration import without_autocast
-from leafkern.ops.quantization import reference
+from leafkern.ops.quantization import native, reference
 
 PRECISIONS = ("float32", "float16", "int8", "int4", "fp8", "binary", "ubinary")
 CALIBRATION_ROWS = 100
 
-_CODE_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "int8": torch.int8,
-    "int4": torch.uint8,
-    "fp8": torch.float8_e4m3fn,
-    "binary": torch.int8,
-    "ubinary": torch.uint8,
-}
 _CODES_PER_BYTE = {"int4": 2, "binary": 8, "ubinary": 8}
 
 
@@ -51,7 +43,7 @@ class Quantized:
     def __post_init__(self):
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
-        check_tensor("codes", self.codes, ndim=2, dtypes=(_CODE_DTYPES[self.precision],))
+        check_tensor("codes", self.codes, ndim=2, dtypes=(reference.CODE_DTYPES[self.precision],))
         width = code_width(self.precision, self.dim)
         if self.dim < 1 or self.codes.shape[1] != width:
             raise InputError(
@@ -119,6 +111,7 @@ def calibrate(x: torch.Tensor, precision: str, *, method: str = "minmax") -> tor
     "unit", for unit-norm vectors, independent of x: -0.3 to 0.3 at 8 bits, -0.18 to 0.18 at 4 bits (the limits that
     LEAF's teacher publishes, arXiv 2509.12539).
     Errors: `InputError` for another precision or method, fewer than 2 rows for "minmax", NaN or infinity in x.
+    Backends: as `quantize`.
     """
     check_floating("x", x, ndim=2)
     if precision not in reference.UNIT_LIMITS:
@@ -132,14 +125,31 @@ def calibrate(x: torch.Tensor, precision: str, *, method: str = "minmax") -> tor
             f'x: "minmax" needs at least 2 rows to tell dimensions apart, got {len(x)}; use method="unit" '
             "for unit-norm vectors, or calibrate on more rows"
         )
-    check_finite_rows("x", x)
-    return torch.stack([x.amin(0), x.amax(0)]).float()
+    return _extremes(x.detach(), precision, "x")
+
+
+def _backend(x: torch.Tensor, precision: str) -> str:
+    candidates = {"reference": None}
+    # Under torch.compile the reference is traced.
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if precision in native.PRECISIONS and x.dtype in native.TYPES:
+            candidates = {"native": unavailable(), **candidates}
+    return choose("quantization", candidates)
+
+
+def _extremes(x: torch.Tensor, precision: str, name: str) -> torch.Tensor:
+    found = native.extremes(x) if _backend(x, precision) == "native" else None
+    if found is None:
+        check_finite_rows(name, x)
+        found = reference.extremes(x)
+    return found
 
 
 def default_ranges(x: torch.Tensor, precision: str, name: str = "x") -> torch.Tensor:
     """The ranges that `quantize` takes for x, called `name` in errors, when it is given none."""
     if len(x) >= CALIBRATION_ROWS:
-        return torch.stack([x.amin(0), x.amax(0)]).float()
+        return _extremes(x, precision, name)
+    check_finite_rows(name, x)
     if values_checked(x):
         norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
         bad = ((norms - 1).abs() > 0.01).nonzero().flatten().tolist()
@@ -195,6 +205,9 @@ def quantize(x: torch.Tensor, precision: str, *, ranges: torch.Tensor | None = N
     Errors: `InputError` for NaN or infinity in x or values too large for the precision (the row is named), ranges
     that are misshapen, reversed or not needed, and fewer than 100 rows of which one's norm is not 1 +- 0.01 without
     ranges.
+
+    Backends: native (CPU; int8, int4, float16, binary and ubinary of float32, float16 or bfloat16, however strided; one
+    pass over x, and one before it for ranges of its own), else the PyTorch reference, in blocks.
     """
     check_floating("x", x, ndim=2)
     if precision not in PRECISIONS:
@@ -204,16 +217,22 @@ def quantize(x: torch.Tensor, precision: str, *, ranges: torch.Tensor | None = N
     needs_ranges = precision in reference.UNIT_LIMITS
     if ranges is not None and not needs_ranges:
         raise InputError(f"ranges: {precision} takes none; only int8 and int4 do")
-    check_finite_rows("x", x)
     x = x.detach()
-    choose("quantization", {"reference": None})
+    codes, scale, offset = None, None, None
     if needs_ranges:
         ranges = _checked_ranges(default_ranges(x, precision) if ranges is None else ranges, x)
-    codes, scale, offset = reference.quantize(x, precision, ranges)
-    if precision in ("float32", "float16"):
-        check_fits("x", codes, precision)
-    elif precision == "fp8":
-        check_fits("x", scale[:, None], precision)
+        scale, offset = reference.factors(precision, ranges)
+    if _backend(x, precision) == "native":
+        codes = native.codes(x, precision, ranges)
+    if codes is None:
+        check_finite_rows("x", x)
+        if precision == "fp8":
+            codes, scale = reference.fp8(x)
+            check_fits("x", scale[:, None], precision)
+        else:
+            codes = reference.codes(x, precision, ranges)
+            if codes.is_floating_point():
+                check_fits("x", codes, precision)
     return Quantized(codes, scale, offset, precision, x.shape[1])
 
 

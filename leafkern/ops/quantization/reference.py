@@ -6,6 +6,15 @@ import torch
 UNIT_LIMITS = {"int8": 0.3, "int4": 0.18}
 LEVELS = {"int8": 255, "int4": 15}
 FP8_MAX = 448.0
+CODE_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "int4": torch.uint8,
+    "fp8": torch.float8_e4m3fn,
+    "binary": torch.int8,
+    "ubinary": torch.uint8,
+}
 _BLOCK_ELEMENTS = 1 << 22
 
 
@@ -22,12 +31,22 @@ def _steps(ranges: torch.Tensor, levels: int) -> torch.Tensor:
 def factors(precision: str, ranges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, offset) of int8 or int4 codes for ranges (2, D)."""
     low, step = ranges[0], _steps(ranges, LEVELS[precision])
-    return step, low + step * (128.5 if precision == "int8" else 8.0)
+    return step, torch.where(step == 0, low, low + step * (128.5 if precision == "int8" else 8.0))
+
+
+def divisors(precision: str, ranges: torch.Tensor) -> torch.Tensor:
+    """What distances from the lowest value are divided by: the steps, 1 for those that are 0."""
+    step = _steps(ranges, LEVELS[precision])
+    return torch.where(step == 0, 1, step)
+
+
+def extremes(x: torch.Tensor) -> torch.Tensor:
+    """Smallest and largest value of each dimension of x (N, D), float32 (2, D)."""
+    return torch.stack([x.amin(0), x.amax(0)]).float()
 
 
 def _linear_codes(x: torch.Tensor, precision: str, ranges: torch.Tensor) -> torch.Tensor:
-    step = _steps(ranges, LEVELS[precision])
-    level = (x - ranges[0]) / torch.where(step == 0, 1, step)
+    level = (x - ranges[0]) / divisors(precision, ranges)
     level = level.floor() if precision == "int8" else level.round()
     return level.clamp(0, LEVELS[precision])
 
@@ -64,16 +83,19 @@ def _fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ), scale
 
 
-def quantize(x: torch.Tensor, precision: str, ranges: torch.Tensor | None):
-    """(codes, scale, offset) of x (N, D); ranges (2, D) float32 for int8 and int4."""
-    blocks = x.split(max(1, _BLOCK_ELEMENTS // x.shape[1]))
-    if precision == "fp8":
-        codes, scales = zip(*(_fp8(block) for block in blocks))
-        return torch.cat(codes), torch.cat(scales), None
-    scale, offset = factors(precision, ranges) if ranges is not None else (None, None)
-    if ranges is not None:
-        offset = torch.where(scale == 0, ranges[0], offset)
-    return torch.cat([_codes(block, precision, ranges) for block in blocks]), scale, offset
+def _blocks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return x.split(max(1, _BLOCK_ELEMENTS // x.shape[1]))
+
+
+def fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scale) of x (N, D), in blocks of rows."""
+    codes, scales = zip(*(_fp8(block) for block in _blocks(x)))
+    return torch.cat(codes), torch.cat(scales)
+
+
+def codes(x: torch.Tensor, precision: str, ranges: torch.Tensor | None) -> torch.Tensor:
+    """Codes of x (N, D), in blocks of rows, of any precision but fp8; ranges (2, D) float32 for int8 and int4."""
+    return torch.cat([_codes(block, precision, ranges) for block in _blocks(x)])
 
 
 def unpack(codes: torch.Tensor, precision: str, dim: int) -> torch.Tensor:

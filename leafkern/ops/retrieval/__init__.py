@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from leafkern.errors import InputError
-from leafkern.ops._core.backend import choose
+from leafkern.ops._core import launch
+from leafkern.ops._core.backend import choose, forced_backend
 from leafkern.ops._core.checks import check_finite_rows, check_floating, check_same_device, check_tensor, values_checked
 from leafkern.ops._core.registration import register, without_autocast
 from leafkern.ops.quantization import Quantized, code_width
@@ -18,6 +19,15 @@ MAX_ROWS = 1 << 32
 MAX_DIM = 1 << 18
 _BITS = {"int8": 8, "int4": 4, "binary": 1, "ubinary": 1}
 _PRECISION_OF = {8: "int8", 4: "int4", 1: "binary"}
+# Of Triton's kernels.
+_MOST_TRITON = 1024
+
+
+def _check_place(name: str, x: torch.Tensor, **queries: torch.Tensor) -> None:
+    (place,) = {each.device for each in queries.values()}
+    # CPU memory is searched from a GPU too.
+    if not (place.type == "cuda" and x.device.type == "cpu"):
+        check_same_device(**queries, **{name: x})
 
 
 def _check_allowed(allowed: torch.Tensor | None, rows: int, device: torch.device) -> None:
@@ -36,7 +46,7 @@ def _check_integers(
 ) -> None:
     check_tensor("u", u, ndim=2, dtypes=(torch.int8,))
     check_tensor("codes", codes, ndim=2, dtypes=(torch.int8, torch.uint8))
-    check_same_device(u=u, codes=codes)
+    _check_place("codes", codes, u=u)
     _check_count("k", k)
     if bits not in _PRECISION_OF or query_bits not in (1, 8):
         raise InputError(f"bits, query_bits: expected 8, 4 or 1 and 8 or 1; got {bits} and {query_bits}")
@@ -48,14 +58,29 @@ def _check_integers(
     _check_allowed(allowed, len(codes), codes.device)
 
 
+def _candidates(
+    queries: torch.Tensor, rows: torch.Tensor, k: int, *dtypes: torch.dtype, native: Callable | None = None
+) -> dict[str, str | None]:
+    found = launch.candidates("retrieval", queries.device, *dtypes, native=native)
+    if found.get("triton", "") is None:
+        n, width = rows.shape
+        if min(k, n) > _MOST_TRITON:
+            found["triton"] = f"k = {min(k, n)}, above {_MOST_TRITON}"
+        elif width > 1 and rows.stride(1) != 1:
+            found["triton"] = "rows whose entries are not adjacent"
+    return found
+
+
 def _integer_search(
     u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, query_bits: int, allowed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_integers(u, codes, k, bits, query_bits, allowed)
-    candidates = {"reference": None}
-    if u.device.type == "cpu":
-        candidates = {"native": native.unsuited(u, codes, k), **candidates}
-    if choose("retrieval", candidates) == "native":
+    backend = choose("retrieval", _candidates(u, codes, k, native=lambda: native.unsuited(u, codes, k)))
+    if backend == "triton":
+        from leafkern.ops.retrieval import kernels
+
+        return kernels.search(u, codes, k, bits, query_bits, allowed)
+    if backend == "native":
         return native.search(u, codes, k, bits, query_bits, allowed)
     return reference.blocked(u, codes, k, bits, allowed)
 
@@ -100,7 +125,7 @@ def _check_level(name: str, level: object, queries: torch.Tensor) -> None:
         raise InputError(f"{name}: vectors of width {dim}, but the queries have width {queries.shape[1]}")
     if n >= MAX_ROWS:
         raise InputError(f"{name}: {n} rows; fewer than 2^32 are expected")
-    check_same_device(queries=queries, **{name: level.codes if isinstance(level, Quantized) else level})
+    _check_place(name, level.codes if isinstance(level, Quantized) else level, queries=queries)
 
 
 def _check_count(name: str, value: object) -> int:
@@ -126,38 +151,81 @@ def _check_fits(x: torch.Tensor, what: str) -> None:
         raise InputError(f"queries: row {int(bad.nonzero()[0])} is too large: {what} overflow float32; scale it down")
 
 
+def _shows_infinity(scores: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether a score of Triton's, where it may be looked at, isn't finite: the reference then names the row."""
+    return values_checked(scores) and bool(((ids >= 0) & ~torch.isfinite(scores)).any())
+
+
 def _float_search(
-    queries: torch.Tensor, base: torch.Tensor | Quantized, k: int, allowed: torch.Tensor | None
+    queries: torch.Tensor, base: torch.Tensor, k: int, allowed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    choose("retrieval", {"reference": None})
-    rows: Callable
-    if isinstance(base, Quantized) and base.precision == "fp8":
-        codes, scale, _ = quantization.quantize(queries, "fp8", None)
-        queries = codes.float() * scale[:, None]
+    check_tensor("queries", queries, ndim=2, dtypes=(torch.float32,))
+    _check_level("base", base, queries)
+    _check_count("k", k)
+    _check_allowed(allowed, len(base), base.device)
+    serves = (lambda: native.unsuited(queries, base, k)) if base.dtype in native.FLOAT_FORMS else None
+    backend = choose("retrieval", _candidates(queries, base, k, base.dtype, native=serves))
+    if backend == "triton":
+        from leafkern.ops.retrieval import kernels
 
-        def rows(start, stop):
-            return base.codes[start:stop].float() * base.scale[start:stop, None]
-    else:
-        values = base.codes if isinstance(base, Quantized) else base.detach()
+        found = kernels.float_search(queries, base, k, allowed)
+        if not _shows_infinity(*found):
+            return found
+    if backend == "native":
+        found = native.float_search(queries, base, k, allowed)
+        if found is not None:
+            return found
+    return reference.blocked_float(
+        queries, lambda start, stop: base[start:stop].float(), len(base), k, _finite_scores, allowed
+    )
 
-        def rows(start, stop):
-            return values[start:stop].float()
 
-    return reference.blocked_float(queries, rows, _size(base)[0], k, _finite_scores, allowed)
+def _float_search_fake(queries, base, k, allowed=None):
+    shape = (queries.shape[0], min(k, base.shape[0]))
+    return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
+
+
+# queries float32 (Q, D); base floating-point (N, D); allowed bool (N,) -> float32 scores, ids; -inf and -1 where fewer
+# rows are allowed.
+float_search = register(
+    "float_search(Tensor queries, Tensor base, int k, Tensor? allowed=None) -> (Tensor, Tensor)",
+    _float_search,
+    _float_search_fake,
+)
+
+
+def _fp8_search(
+    queries: torch.Tensor, base: Quantized, k: int, allowed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if choose("retrieval", _candidates(queries, base.codes, k)) == "triton":
+        from leafkern.ops.retrieval import kernels
+
+        found = kernels.fp8_search(queries, base.codes, base.scale, k, allowed)
+        if not _shows_infinity(*found):
+            return found
+    codes, scale = quantization.fp8(queries)
+
+    def rows(start, stop):
+        return base.codes[start:stop].float() * base.scale[start:stop, None]
+
+    return reference.blocked_float(codes.float() * scale[:, None], rows, len(base), k, _finite_scores, allowed)
 
 
 def _first_stage(
     queries: torch.Tensor, base: torch.Tensor | Quantized, k: int, query_bits: int, allowed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(base, Quantized) and base.precision == "fp8":
+        return _fp8_search(queries, base, k, allowed)
     if not isinstance(base, Quantized) or base.precision not in _BITS:
-        return _float_search(queries, base, k, allowed)
+        return float_search(queries, base.codes if isinstance(base, Quantized) else base.detach(), k, allowed)
     if base.dim >= MAX_DIM:
         raise InputError(f"base: width {base.dim}; below {MAX_DIM} is expected, where integer scores fit 32 bits")
     if base.precision in ("int8", "int4"):
-        w = queries * base.scale
+        scale, offset = base.scale.to(queries.device), base.offset.to(queries.device)
+        w = queries * scale
         _check_fits(w, "its products with the scale of the codes")
         u, a = fold(w)
-        bias = (queries * base.offset).sum(1)
+        bias = (queries * offset).sum(1)
     else:
         u, a = fold(queries)
         if query_bits == 1:
@@ -171,6 +239,40 @@ def _first_stage(
     none = ids < 0
     _check_fits(scores.masked_fill(none, 0), "its scores")
     return scores.masked_fill(none, -torch.inf), ids
+
+
+def _rescore(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    scale: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    precision: str,
+    ids: torch.Tensor,
+    keep: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    level = Quantized(rows, scale, offset, precision, queries.shape[1]) if precision else rows
+    # Not a choice that a setting could force: what the kernels don't know, the reference rescores for every backend.
+    on_cpu = queries.device.type == "cpu"
+    if on_cpu and forced_backend("retrieval") in (None, "native") and native.rescores(queries, level):
+        found = native.rescore(queries, level, ids, keep)
+        if found is not None:
+            return found
+    return reference.rescore(queries, level, ids, keep)
+
+
+def _rescore_fake(queries, rows, scale, offset, precision, ids, keep):
+    shape = (queries.shape[0], min(keep, ids.shape[1]))
+    return queries.new_empty(shape), ids.new_empty(shape)
+
+
+# queries float32 (Q, D); rows of any floating-point type (N, D), precision "", or the parts of a Quantized; ids int64
+# (Q, C), -1 for none -> the `keep` best float32 scores, ids.
+rescore_candidates = register(
+    "rescore(Tensor queries, Tensor rows, Tensor? scale, Tensor? offset, str precision, Tensor ids, int keep)"
+    " -> (Tensor, Tensor)",
+    _rescore,
+    _rescore_fake,
+)
 
 
 @without_autocast
@@ -202,6 +304,9 @@ def search(
     allowed: bool Tensor (N,) on base's device: only rows where it is true are returned; None: all. Where fewer than
     min(k, N) are allowed, the rest has score -inf and id -1. Values of other rows do no harm.
 
+    Queries on a GPU may have base and rescore in CPU memory: a base goes over piece by piece, at the speed of the bus;
+    of a level, the candidates are gathered on the CPU, for which the host waits.
+
     base and rescore may be memory-mapped: they are read in blocks, never copied or checked as a whole. NaN or
     infinity in a float base or level shows in its scores and is an error then; codes are not checked.
 
@@ -209,7 +314,9 @@ def search(
     in queries (the row is named), `allowed` of another shape, dtype or device, query_bits other than None, 1, 8 or with
     a base that is not binary, N >= 2^32, and D >= 2^18 for integer scores (63*128*D must fit 32 bits).
 
-    Backends: native (CPU; int8, int4, binary; k, or oversample*k when rescoring, <= 2048), else the PyTorch reference.
+    Backends (k: oversample*k when rescoring): Triton (CUDA; int8, int4, fp8, binary, float32, float16, bfloat16; k <=
+    1024; float scores are those of float32, rows that tie to their rounding may come in another order); native (CPU;
+    int8, int4, binary, float32, float16; k <= 2048; levels of float32, float16 or int8); else the PyTorch reference.
     """
     check_floating("queries", queries, ndim=2)
     if queries.shape[1] < 1:
@@ -236,7 +343,10 @@ def search(
     scores, ids = _first_stage(queries, base, keep, query_bits, allowed)
     for place, (name, level) in enumerate(zip(names, levels), start=1):
         keep = k if place == len(levels) else max(k, keep // 2)
-        scores, ids = reference.rescore(queries, level, ids, keep)
+        parts = (level, None, None, "")
+        if isinstance(level, Quantized):
+            parts = (level.codes, level.scale, level.offset, level.precision)
+        scores, ids = rescore_candidates(queries, *parts, ids, keep)
         bad = ~torch.isfinite(scores) & (ids >= 0)
         if values_checked(scores) and bad.any():
             row = int(ids[bad][0])

@@ -16,8 +16,8 @@ from leafkern.ops.quantization.reference import unpack
 _BLOCK_ELEMENTS = 1 << 22
 _QUERY_BLOCK = 256
 _EXACT_COLUMNS = 2048
-_LAST_ID = (1 << 32) - 1  # no row's: there are fewer
-_NO_ROW = -(1 << 63)  # the key below every row's
+LAST_ID = (1 << 32) - 1  # no row's: there are fewer
+NO_ROW = -(1 << 63)  # the key below every row's
 
 
 def decode(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
@@ -37,19 +37,19 @@ def brute(
     return best[:, :k], ids.masked_fill(best == -torch.inf, -1)[:, :k]
 
 
-def _keys(scores: torch.Tensor, first_id: int) -> torch.Tensor:
+def keys_of(scores: torch.Tensor, first_id: int) -> torch.Tensor:
     """int64 keys, all different, in the order (score, then lower id); scores float32 or int32 (Q, n)."""
     if scores.dtype == torch.float32:
         # The bits of a float order as an integer once those of negative numbers are flipped; + 0.0 turns -0 into 0.
         bits = (scores + 0.0).view(torch.int32)
         scores = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     ids = torch.arange(first_id, first_id + scores.shape[1], device=scores.device)
-    return (scores.long() << 32) + (_LAST_ID - ids)
+    return (scores.long() << 32) + (LAST_ID - ids)
 
 
-def _from_keys(keys: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    none = keys == _NO_ROW
-    ids = (_LAST_ID - (keys & _LAST_ID)).masked_fill(none, -1)
+def from_keys(keys: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    none = keys == NO_ROW
+    ids = (LAST_ID - (keys & LAST_ID)).masked_fill(none, -1)
     scores = (keys >> 32).int()
     if dtype == torch.float32:
         scores = (scores ^ ((scores >> 31) & 0x7FFFFFFF)).view(torch.float32).masked_fill(none, -torch.inf)
@@ -71,16 +71,16 @@ def _streamed(
     step = max(1, _BLOCK_ELEMENTS // max(dim, min(len(queries), _QUERY_BLOCK)))
     best = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
     for start in range(0, n, step):
-        block = rows(start, min(n, start + step))
+        block = rows(start, min(n, start + step)).to(queries.device)
         merged = []
         for part, kept in zip(queries.split(_QUERY_BLOCK), best.split(_QUERY_BLOCK)):
-            keys = _keys(score(part, block, start), start)
+            keys = keys_of(score(part, block, start), start)
             if allowed is not None:
-                keys.masked_fill_(~allowed[start : start + len(block)], _NO_ROW)
+                keys.masked_fill_(~allowed[start : start + len(block)].to(keys.device), NO_ROW)
             keys = torch.cat([kept, keys.topk(min(k, keys.shape[1]), dim=1).values], dim=1)
             merged.append(keys.topk(min(k, keys.shape[1]), dim=1).values)
         best = torch.cat(merged) if merged else best.new_empty((0, min(k, best.shape[1] + len(block))))
-    return _from_keys(best, dtype)
+    return from_keys(best, dtype)
 
 
 def _exact_products(u: torch.Tensor, rows: torch.Tensor, start: int) -> torch.Tensor:
@@ -109,7 +109,7 @@ def blocked_float(
     def score(part: torch.Tensor, block: torch.Tensor, start: int) -> torch.Tensor:
         scores = part @ block.T
         if allowed is not None:
-            scores.masked_fill_(~allowed[start : start + len(block)], 0)
+            scores.masked_fill_(~allowed[start : start + len(block)].to(scores.device), 0)
         check(scores, start)
         return scores
 
@@ -127,10 +127,10 @@ def rescore(
     step = max(1, _BLOCK_ELEMENTS // max(1, ids.shape[1] * queries.shape[1]))
     scores = []
     for part, candidates in zip(queries.split(step), ids.split(step)):
-        gathered = level[candidates.flatten().clamp(min=0)]
+        gathered = level[candidates.flatten().clamp(min=0).to(level.device)].to(queries.device)
         rows = dequantize(gathered) if isinstance(gathered, Quantized) else gathered.float()
         # Row by row, unlike a matrix product: equal rows score equally wherever they stand.
         products = (rows.view(*candidates.shape, part.shape[1]) * part[:, None, :]).sum(2)
         scores.append(products.masked_fill(candidates < 0, -torch.inf))
     best, places = torch.cat(scores).sort(dim=1, descending=True, stable=True)
-    return best[:, :keep], ids.gather(1, places[:, :keep])
+    return best[:, :keep].contiguous(), ids.gather(1, places[:, :keep])

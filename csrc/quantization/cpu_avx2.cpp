@@ -1,0 +1,2 @@
+#define LEAFKERN_ISA avx2
+#include "quantization/cpu.inl"

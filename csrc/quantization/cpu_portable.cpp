@@ -1,0 +1,2 @@
+#define LEAFKERN_ISA portable
+#include "quantization/cpu.inl"
