@@ -155,6 +155,9 @@ def test_rescoring_is_registered(precision):
     level = quantize(base, precision or "float32")
     given = (unit(4, 9), level.codes, level.scale, level.offset, precision, ids, 3)
     torch.library.opcheck(torch.ops.leafkern.rescore.default, given)
+    for wrong in (ids + 120, ids[:3]):
+        with pytest.raises(InputError, match="ids: expected numbers of 120 rows for 4 queries"):
+            torch.ops.leafkern.rescore(*given[:5], wrong, 3)
 
 
 def test_registered():

@@ -250,7 +250,12 @@ def _rescore(
     ids: torch.Tensor,
     keep: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_tensor("queries", queries, ndim=2, dtypes=(torch.float32,))
+    check_tensor("ids", ids, ndim=2, dtypes=(torch.int64,))
     level = Quantized(rows, scale, offset, precision, queries.shape[1]) if precision else rows
+    _check_level("rows", level, queries)
+    if len(ids) != len(queries) or (values_checked(ids) and ids.numel() and int(ids.amax()) >= len(rows)):
+        raise InputError(f"ids: expected numbers of {len(rows)} rows for {len(queries)} queries")
     # Not a choice that a setting could force: what the kernels don't know, the reference rescores for every backend.
     on_cpu = queries.device.type == "cpu"
     if on_cpu and forced_backend("retrieval") in (None, "native") and native.rescores(queries, level):
