@@ -19,11 +19,13 @@ from leafkern.index.manifest import code_dtype, live, read_manifest
 from leafkern.index.vectors import rotated
 from leafkern.ops import Quantized, dequantize, search
 from leafkern.ops.quantization import code_width
-from leafkern.ops.retrieval.reference import rescore
+from leafkern.ops.retrieval import rescore_candidates
 
 # Each attempt that fails means that a writer has replaced files meanwhile.
 _ATTEMPTS = 64
 _RANGED = ("int8", "int4")
+# Rows of several segments that are brought together at a time to be rescored.
+_GATHERED_BYTES = 1 << 26
 
 
 def levels_of(manifest: dict) -> dict[str, str]:
@@ -224,11 +226,31 @@ class Snapshot:
         rows, order = rows.gather(1, places).sort(dim=1)
         scores = fine = scores.gather(1, places).gather(1, order)
         if rescoring:
-            fine, order = rescore(queries, _Joined(self, finer), rows, keep)
+            fine = self._fine(queries, finer, rows)
             if not torch.isfinite(fine).all():
                 raise InputError("queries: scores overflow float32; scale the queries down")
-            fine = fine.gather(1, order.sort(dim=1).indices)
         return Candidates(rows.numpy(), scores.numpy(), fine.numpy(), keep)
+
+    def _fine(self, queries: torch.Tensor, levels: list[Quantized], rows: torch.Tensor) -> torch.Tensor:
+        """The scores of rows (Q, C) by the segments' `levels`: (Q, C)."""
+        step = max(1, _GATHERED_BYTES // max(1, rows.shape[1] * levels[0].codes[:1].nbytes))
+        found = []
+        for some, candidates in zip(queries.split(step), rows.split(step)):
+            level = self._gathered(levels, candidates.flatten())
+            parts = level.codes, level.scale, level.offset, level.precision
+            places = torch.arange(candidates.numel()).view_as(candidates)
+            scores, order = rescore_candidates(some, *parts, places, candidates.shape[1])
+            found.append(scores.gather(1, order.sort(dim=1).indices))
+        return torch.cat(found)
+
+    def _gathered(self, levels: list[Quantized], rows: torch.Tensor) -> Quantized:
+        """The rows of these numbers (N,), each from its segment's level."""
+        like = levels[0]
+        codes = torch.empty((len(rows), like.codes.shape[1]), dtype=like.codes.dtype)
+        for part, level in zip(self.segments, levels):
+            inside = (rows >= part.first) & (rows < part.first + len(part))
+            codes[inside] = level.codes[rows[inside] - part.first]
+        return Quantized(codes, like.scale, like.offset, like.precision, like.dim)
 
     def _stages(self, queries: torch.Tensor, dim: int) -> tuple[torch.Tensor, list[Quantized], list[Quantized] | None]:
         """Queries as the codes need them; what each segment is scanned by, and rescored by, if at all."""
@@ -255,7 +277,7 @@ class Snapshot:
             return np.zeros((*rows.shape, self.manifest["width"]), np.float32)
         name, precision = list(levels_of(self.manifest).items())[-1]
         levels = [part.level(name, precision, self.manifest["width"]) for part in self.segments]
-        found = dequantize(_Joined(self, levels)[torch.from_numpy(rows.ravel())])
+        found = dequantize(self._gathered(levels, torch.from_numpy(rows.ravel())))
         found = found if self.rotation is None else rotated(found, self.rotation.T)
         return found.view(*rows.shape, -1).numpy()
 
@@ -336,18 +358,3 @@ def ranges_of(parts: list[Segment]) -> dict[str, torch.Tensor]:
             if not torch.equal(part.tensors[name], value):
                 raise DamagedFileError(f"{part.path}: {name} are not those of {parts[0].path.name}")
     return ranges
-
-
-class _Joined:
-    """One level of all segments, from which rows are taken by their numbers."""
-
-    def __init__(self, snapshot: Snapshot, levels: list[Quantized]):
-        self._parts = list(zip(snapshot.segments, levels))
-
-    def __getitem__(self, rows: torch.Tensor) -> Quantized:
-        level = self._parts[0][1]
-        codes = torch.empty((len(rows), level.codes.shape[1]), dtype=level.codes.dtype)
-        for part, each in self._parts:
-            inside = (rows >= part.first) & (rows < part.first + len(part))
-            codes[inside] = each.codes[rows[inside] - part.first]
-        return Quantized(codes, level.scale, level.offset, level.precision, level.dim)

@@ -13,7 +13,7 @@ from leafkern.errors import DamagedFileError, InputError
 from leafkern.index import PRECISIONS
 from leafkern.index.vectors import random_rotation
 from leafkern.ops import calibrate, quantize, search
-from leafkern.ops.retrieval import reference
+from leafkern.ops.retrieval import rescore_candidates
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::leafkern.ops._core.backend.FallbackWarning", "ignore::leafkern.index.ClippedWarning"
@@ -234,7 +234,9 @@ def test_prefixes(tmp_path, precision):
             if wide == 12 and not fine and precision in ("binary", "ubinary"):
                 continue
             _, candidates = search(queries[:, :d].contiguous(), narrow, 20, **bits)
-            expected = reference.rescore(queries[:, :wide], (fine or base).prefix(wide), candidates, 5)
+            level = (fine or base).prefix(wide)
+            parts = level.codes, level.scale, level.offset, level.precision
+            expected = rescore_candidates(queries[:, :wide].contiguous(), *parts, candidates, 5)
             for ours, theirs in zip(index.search(queries[:, :wide], 5, dim=d), expected):
                 np.testing.assert_array_equal(ours, theirs.numpy())
         for ours, theirs in zip(index.search(queries, 5, dim=WIDTH), index.search(queries, 5)):
