@@ -16,7 +16,9 @@ from .ceilings import Ceiling, as_json
 from .machine import commit, machine, mallopt_function, peak_memory, set_allocator, synchronizer, versions
 
 FORMAT = 1
-MINIMUM_S = 0.005  # one timed round lasts at least this long; faster calls are repeated inside it
+# One timed round lasts at least this long; faster calls are repeated inside it. After a pause the first of them finds
+# the cores asleep, which is the machine and not the contestant.
+MINIMUM_S = 0.02
 ONE_CALL_S = 8.0  # a peer slower than this is quoted by the call that was checked: rounds of it would take minutes
 PAUSE_S = 0.005  # before each timed round: the previous library's threads stop spinning and leave the cores
 

@@ -15,7 +15,7 @@ namespace {
 
 constexpr size_t kQueryBytes = 384 << 10;     // packed queries stay in the second-level cache
 constexpr size_t kKeeperBytes = 64 << 20;
-constexpr int64_t kChunkBytes = 256 << 10;    // of base, claimed by a thread at a time
+constexpr int64_t kChunkBytes = 4 << 20;      // of base, claimed by a thread at a time: shorter streams are slower
 constexpr int64_t kThreadWork = 1 << 20;      // bytes of base times queries below which a thread is not worth waking
 constexpr int64_t kGap = 64;                  // rows of which none is allowed that are worth passing over
 

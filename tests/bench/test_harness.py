@@ -120,7 +120,7 @@ def test_percent_rates_and_ratios():
 def test_a_wrong_contestant_is_reported_and_never_timed():
     calls = []
     wrong = contestant("wrong", calls, wrong="off by one")
-    right = contestant("leafkern", calls, ours=True, seconds=0.006)
+    right = contestant("leafkern", calls, ours=True, seconds=0.021)
     rows = harness.measure(case(right, wrong, sets=2), CEILINGS, budget=0.01)
     by_name = {row["provider"]: row for row in rows}
     assert by_name["wrong"]["status"] == "failed"
@@ -146,8 +146,8 @@ def test_an_error_on_a_later_input_set_counts_as_wrong():
 
 def test_rounds_are_interleaved_and_inputs_rotate():
     calls = []
-    ours = contestant("leafkern", calls, ours=True, seconds=0.006)
-    peer = contestant("peer", calls, seconds=0.006)
+    ours = contestant("leafkern", calls, ours=True, seconds=0.021)
+    peer = contestant("peer", calls, seconds=0.021)
     harness.measure(case(ours, peer, sets=3), CEILINGS, budget=0.05)
     timed = calls[6:]  # after the checks of 3 sets each
     assert {i for _, i in timed} == {0, 1, 2}

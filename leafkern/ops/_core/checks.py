@@ -54,12 +54,10 @@ def check_same_device(**tensors: torch.Tensor | None) -> None:
 
 def check_finite_rows(name: str, x: torch.Tensor) -> None:
     """Names the first row of `x` that holds NaN or infinity."""
-    if not values_checked(x) or x.numel() == 0:
+    if not values_checked(x) or torch.isfinite(x).all():
         return
-    bad = ~torch.isfinite(x).flatten(1).all(dim=1)
-    if bad.any():
-        rows = bad.nonzero().flatten().tolist()
-        raise InputError(f"{name}: row {rows[0]} holds NaN or infinity ({len(rows)} such rows); expected finite values")
+    rows = (~torch.isfinite(x).flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    raise InputError(f"{name}: row {rows[0]} holds NaN or infinity ({len(rows)} such rows); expected finite values")
 
 
 def check_nonzero_rows(name: str, x: torch.Tensor) -> None:

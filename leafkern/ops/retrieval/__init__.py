@@ -144,11 +144,10 @@ def _finite_scores(scores: torch.Tensor, first_row: int) -> None:
 
 
 def _check_fits(x: torch.Tensor, what: str) -> None:
-    if not values_checked(x):
+    if not values_checked(x) or torch.isfinite(x).all():
         return
-    bad = ~torch.isfinite(x).all(dim=1)
-    if bad.any():
-        raise InputError(f"queries: row {int(bad.nonzero()[0])} is too large: {what} overflow float32; scale it down")
+    row = int((~torch.isfinite(x).all(dim=1)).nonzero()[0])
+    raise InputError(f"queries: row {row} is too large: {what} overflow float32; scale it down")
 
 
 def _shows_infinity(scores: torch.Tensor, ids: torch.Tensor) -> bool:
@@ -226,19 +225,18 @@ def _first_stage(
         _check_fits(w, "its products with the scale of the codes")
         u, a = fold(w)
         bias = (queries * offset).sum(1)
+    elif query_bits == 8:
+        (u, a), bias = fold(queries), None
     else:
-        u, a = fold(queries)
-        if query_bits == 1:
-            u, a = torch.where(queries > 0, 1, -1).to(torch.int8), torch.ones_like(a)
-        bias = torch.zeros_like(a)
+        u, a, bias = torch.where(queries > 0, 1, -1).to(torch.int8), None, None
     integers, ids = integer_search(u, base.codes, k, _BITS[base.precision], query_bits, allowed)
-    scores = bias[:, None] + a[:, None] * integers
-    if allowed is None:
-        _check_fits(scores, "its scores")
-        return scores, ids
-    none = ids < 0
-    _check_fits(scores.masked_fill(none, 0), "its scores")
-    return scores.masked_fill(none, -torch.inf), ids
+    none = None if allowed is None else ids < 0
+    scores = integers.float()
+    if a is not None:
+        scores *= a[:, None]
+        scores = scores if bias is None else scores + bias[:, None]
+        _check_fits(scores if none is None else scores.masked_fill(none, 0), "its scores")
+    return (scores if none is None else scores.masked_fill(none, -torch.inf)), ids
 
 
 def _rescore(
