@@ -115,9 +115,9 @@ class Shards:
         """Makes a folder of `shards` shards at `path`, in place of one that is there.
 
         Consecutive rows go to each, in equal numbers up to one. All other arguments are those of `Index.build`; ranges
-        None takes them from all vectors, for all shards. With `rotate` each shard takes its own: scores before rescoring
-        then differ from one index's by the codes' rounding, and int8 and int4 of fewer than 100 vectors a shard want
-        unit vectors. A kill leaves the shards that were there before.
+        None takes them from all vectors, for all shards. With `rotate` each shard takes its own: before rescoring,
+        scores then differ from one index's by the codes' rounding, and int8 and int4 of fewer than 100 vectors a shard
+        want unit vectors. A kill leaves the shards that were there before.
 
         ids None numbers all rows from 0. What is added to a shard later needs ids that no other shard has: `Index.add`
         without ids counts on from that shard's own.

@@ -129,8 +129,9 @@ def test_a_missing_shard_is_named(parts):
         Shards.open(folders)
     with pytest.warns(MissingShardWarning, match=r"1 of 4 shards can't be read.*part60: no index here") as caught:
         shards = Shards.open(folders, partial=True)
+    with pytest.warns(MissingShardWarning, match="part60") as again:
         shards.refresh()
-    assert [warning.filename for warning in caught] == [__file__] * 2  # the caller's line, not leafkern's
+    assert [caught[0].filename, again[0].filename] == [__file__] * 2  # the caller's line, not leafkern's
     assert list(shards.missing) == [folders[2]]
     one.remove([f"d{i}" for i in range(60, 90)])
     same(shards.search(queries, 90), one.search(queries, 90))
