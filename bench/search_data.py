@@ -82,6 +82,23 @@ def wrong_top_k(ids, scores: torch.Tensor, k: int, tolerance: float) -> str | No
     return None if gap <= tolerance * scale else f"scores {gap / scale:.2g} (relative) off the exact top k"
 
 
+def wrong_refinement(ids, coarse: torch.Tensor, fine: torch.Tensor, k: int, oversample: int, tolerance: float):
+    """What is wrong with ids (S, k) as the best by `fine` of the best oversample·k by `coarse`, both (S, N); or None.
+
+    tolerance: of the coarse scores, relative to the largest; which of two nearer ones is a candidate is left open.
+    """
+    if wrong := wrong_ids(ids, coarse.shape[1]):
+        return wrong
+    ids = torch.as_tensor(np.asarray(ids).astype(np.int64))
+    edge = coarse.topk(min(oversample * k, coarse.shape[1]), dim=1).values[:, -1:]
+    slack = tolerance * coarse.abs().max()
+    if (coarse.gather(1, ids) < edge - slack).any():
+        return "an id that the first stage does not choose"
+    last = fine.gather(1, ids).amin(1, keepdim=True) + 1e-5 * fine.abs().max()
+    left = (coarse > edge + slack) & (fine > last)
+    return "a better candidate is left out" if left.scatter(1, ids, False).any() else None
+
+
 def found_share(ids, scores: torch.Tensor, k: int) -> float:
     """The share of the exact top k of scores (S, N) that ids (S, k) holds: recall."""
     expected = scores.topk(min(k, scores.shape[1]), dim=1).indices.tolist()

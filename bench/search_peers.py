@@ -16,10 +16,9 @@ from leafkern.ops import Quantized
 from leafkern.ops.retrieval import fold
 
 from .harness import Contestant
-from .search_data import BLOCK, clustered, exact_scores, found_share, wrong_ids, wrong_top_k
+from .search_data import BLOCK, clustered, exact_scores, found_share, wrong_refinement, wrong_top_k
 
 SAMPLE = 4  # queries per input set that are checked
-LEAST_RECALL = 0.5  # of approximate peers: one that finds less does something else
 # USearch takes some 10 s a call at Q = 1000 (0.37 s at 32), and one for each input set to check it.
 USEARCH_QUERIES = 32
 PQ_SUBSPACES, PQ_BITS, PQ_TRAINED = 96, 4, 10_000
@@ -272,14 +271,17 @@ def refined(
     index = faiss.IndexRefineFlat(scans[0], faiss.swig_ptr(vectors.numpy()))
     index.k_factor = float(oversample)
     arrays = [x.numpy() for x in queries]
+    q = len(arrays[0])
     values: dict[str, float] = {}
 
+    @cache
+    def stages(i):
+        few = queries[i][sample(q)]
+        return exact_scores(few, _decoded(scans[0])), exact_scores(few, vectors)
+
     def check(ids, i):
-        # Of how good its approximation must be nobody has said: its ids must be ids, and most of them right ones.
-        if wrong := wrong_ids(ids, len(vectors)):
-            return wrong
         values["recall"] = found_share(ids[at], scores_of(i), k)
-        return None if values["recall"] >= LEAST_RECALL else f"finds {values['recall']:.2f} of the exact top k"
+        return wrong_refinement(ids[sample(q)], *stages(i), k, oversample, 2 * PQ_TOLERANCE)
 
     name, note = "FAISS PQFastScan 96x4, refined", f"its best {oversample}·k scored again in float32"
     return [Contestant(name, _faiss_search(index, arrays, k), check, note=note, values=values)]

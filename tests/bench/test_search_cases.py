@@ -130,23 +130,19 @@ def test_numkong_s_scores_are_checked_in_every_block(bench_search):
         assert one.check(one.run(0), 0) == "scores differ"
 
 
-def test_an_approximate_peer_must_find_something(bench_search, monkeypatch):
-    peers = bench_search.peers_of
-    vectors = torch.eye(8)
-
-    class Faiss:
-        IndexRefineFlat = staticmethod(lambda index, flat: type("Index", (), {})())
-        swig_ptr = staticmethod(lambda x: x)
-
-    monkeypatch.setattr(peers, "_fast_scans", lambda *arguments: [None])
-    monkeypatch.setattr(peers, "_faiss", lambda: Faiss)
-    scores = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]])
-    (one,) = peers.refined(vectors, [torch.ones(1, 8)], [0], 4, 4, lambda i: scores)
-    assert one.check(np.array([[0, 1, 5, 6]]), 0) is None
-    assert one.values == {"recall": 0.5}
-    assert one.check(np.array([[0, 4, 5, 6]]), 0) == "finds 0.25 of the exact top k"
-    assert one.check(np.array([[0, 1, -1, 6]]), 0) == "an id outside the base"
-    assert one.check(np.array([[0, 1, 1, 6]]), 0) == "an id twice in one row"
+def test_a_refinement_is_held_to_both_its_stages(bench_search):
+    wrong = importlib.import_module("bench.search_data").wrong_refinement
+    coarse = torch.tensor([[8.0, 7, 6, 5, 4.001, 4, 1, 0]])  # the best 4, and maybe the fifth and sixth
+    fine = torch.tensor([[1.0, 4, 2, 3, 9, 0, 9, 9]])
+    for ids, said in (
+        ([1, 3], None),
+        ([4, 1], None),
+        ([0, 2], "a better candidate is left out"),
+        ([1, 6], "an id that the first stage does not choose"),
+        ([1, 1], "an id twice in one row"),
+        ([1, -1], "an id outside the base"),
+    ):
+        assert wrong(np.array([ids]), coarse, fine, 2, 2, 0.14) == said
 
 
 def test_rescored_scans_several_bases_with_bits_alone_beside_it(bench_search):

@@ -287,6 +287,7 @@ def test_a_failed_build_leaves_a_folder_that_another_took(tmp_path, monkeypatch)
 
 
 def test_a_crash_at_any_step_leaves_the_old_or_the_new(tmp_path, monkeypatch):
+    """At any step that `files` announces; old shards go after them, by `rmtree`, when nothing names them any more."""
     old, new = unit(6, 3), unit(8, 3)
     folder = tmp_path / "s"
     options = {"precision": "float32", "rescore": None}
