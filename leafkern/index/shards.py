@@ -15,7 +15,7 @@ import sys
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
@@ -146,12 +146,11 @@ class Shards:
                 if ranges is None and ranged and rows.count >= CALIBRATION_ROWS:
                     ranges = rows.ranges(precision)
                 _clean(path)
-                parts = _Parts(rows.blocks())
                 for number, (start, stop) in enumerate(even_parts(rows.count, shards)):
                     names.append(f"shard-{build}-{number:05}")
                     Index.build(
                         path / names[-1],
-                        parts.take(stop - start),
+                        rows.part(start, stop),
                         ids=np.arange(start, stop) if kept is None else kept[start:stop],
                         texts=None if texts is None else texts[start:stop],
                         precision=precision,
@@ -411,21 +410,6 @@ def warn_of_missing(missing: Mapping[Path, Exception | str], shards: int) -> Non
             MissingShardWarning,
             stacklevel=level,
         )
-
-
-class _Parts:
-    """Consecutive blocks cut into parts of given sizes, one after another."""
-
-    def __init__(self, blocks: Iterator[torch.Tensor]):
-        self._blocks, self._rest = blocks, torch.empty(0)
-
-    def take(self, count: int) -> Iterator[torch.Tensor]:
-        while count:
-            if not len(self._rest):
-                self._rest = next(self._blocks)
-            part, self._rest = self._rest[:count], self._rest[count:]
-            count -= len(part)
-            yield part
 
 
 def _checked_ids(ids: object, count: int) -> np.ndarray:
