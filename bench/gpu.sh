@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds leafkern on a GPU machine without network, runs the GPU tests and benchmarks, and leaves one JSON per stage.
 #
-#   bench/gpu.sh OUTDIR [STAGE...]   stages: tests native sanitizer search encoder pooling norm norm-backward
+#   bench/gpu.sh OUTDIR [STAGE...]   stages: tests native sanitizer search search-k100 encoder pooling norm norm-backward
 #                                     relative distill contrastive attention attention-backward attention-tuned
 #                                     (default: all, over an hour)
 #
@@ -11,7 +11,7 @@
 # bench/stage.py unpack OUTDIR bench/results   turns the stages' figures into result files.
 set -u
 
-stages_known="tests native sanitizer search encoder pooling norm norm-backward"
+stages_known="tests native sanitizer search search-k100 encoder pooling norm norm-backward"
 stages_known+=" relative distill contrastive attention attention-backward attention-tuned"
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
     sed -n '2,7p' "$0" | cut -c3- >&2
@@ -111,10 +111,12 @@ plan() { # the command of one stage: one line each
             ;;
         native) command=("${pytest[@]}" "${native_tests[@]}" -m "not slow and not gpu" -rs) ;;
         sanitizer)
-            command=("${pytest[@]}" "${kernel_tests[@]}" -m gpu -k "small and (dtype2 or relative_gpu)" -x -s)
+            command=("${pytest[@]}" "${kernel_tests[@]}" -m gpu -k "small and (dtype2 or relative_gpu or (retrieval_gpu and 33 and (float or 129)))" -x -s)
             [ -z "$gpu" ] || command=(bash -c 'sanitizer "$@"' sanitizer "${command[@]}")
             ;;
-        search | encoder | pooling | relative | distill | contrastive) bench "$1" "$1" ;;
+        search) bench search "$1" "not k100" ;;
+        search-k100) bench search "$1" k100 ;;
+        encoder | pooling | relative | distill | contrastive) bench "$1" "$1" ;;
         norm | attention) bench "$1" "$1" "not backward" ;;
         *-backward) bench "${1%-backward}" "$1" backward ;;
         attention-tuned)

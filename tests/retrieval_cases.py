@@ -34,3 +34,13 @@ def random_queries(q, dim, query_bits, *, limit=63, generator=None):
 
 def unit(n, dim, dtype=torch.float32):
     return torch.nn.functional.normalize(torch.randn(n, dim), dim=1).to(dtype)
+
+
+def close_rows(dim, step):
+    """(query, a, b): b scores above a by 0.175 step D / 2, yet below it with the query rounded to a type whose next
+    number above 1 is 1 + step."""
+    query = torch.ones(dim)
+    query[0::4] += 0.55 * step
+    query[1::2] += 0.45 * step
+    a = torch.arange(dim) % 2 == 0
+    return query, a.float(), (~a).float()

@@ -36,7 +36,7 @@ def test_wrong_use_is_exit_2(tmp_path):
     for arguments in ([], ["--help"], [str(tmp_path), "serch"]):
         done = subprocess.run(["bash", str(ROOT / "bench" / "gpu.sh"), *arguments], capture_output=True, text=True)
         assert done.returncode == 2, arguments
-        assert "tests native sanitizer search encoder pooling norm" in done.stderr
+        assert "tests native sanitizer search search-k100 encoder pooling norm" in done.stderr
 
 
 def test_a_stage_that_works_keeps_its_results(tmp_path):
@@ -123,7 +123,7 @@ def test_the_walk_without_a_gpu_builds_and_collects_everything(tmp_path):
     files = sorted(path.name for path in out.iterdir())
     halves = ["attention", "attention-backward", "attention-tuned", "norm", "norm-backward"]
     losses = ["contrastive", "distill", "relative"]
-    stages = [*halves, *losses, "encoder", "native", "pooling", "sanitizer", "search", "tests"]
+    stages = [*halves, *losses, "encoder", "native", "pooling", "sanitizer", "search", "search-k100", "tests"]
     assert files == sorted(f"{name}.json" for name in ["build", *stages])
     assert written(out, "build")["status"] == "ok"
     assert "/site/leafkern/__init__.py" in written(out, "build")["log"]
@@ -146,7 +146,8 @@ def test_the_walk_without_a_gpu_builds_and_collects_everything(tmp_path):
     for name in [*halves, *losses]:
         assert f"test_{name.partition('-')[0]}" in written(out, name)["log"]
     assert "LEAFKERN_AUTOTUNE=1" in written(out, "attention-tuned")["command"]
-    assert "test_search" in written(out, "search")["log"]
+    for name in ("search", "search-k100"):
+        assert "test_search" in written(out, name)["log"]
     first, *named = [line.split()[0] for line in done.stdout.splitlines()[-len(files) - 1 :]]
     assert (first, sorted(named)) == ("stage", sorted(["build", *stages]))
 

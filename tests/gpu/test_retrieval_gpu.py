@@ -1,12 +1,13 @@
 """The Triton kernels of search on a GPU: the definition's integers, float scores, a base in CPU memory.
 
-Tests named `small` are also run under compute-sanitizer (bench/gpu.sh, stage "sanitizer").
+Of the tests named `small`, those of width 33 with floats or 129 rows are also run under compute-sanitizer
+(bench/gpu.sh, stage "sanitizer").
 """
 
 import pytest
 import torch
 from compare import matmul_setting
-from retrieval_cases import FORMS, random_codes, random_queries, unit
+from retrieval_cases import FORMS, close_rows, random_codes, random_queries, unit
 
 from leafkern.errors import InputError
 from leafkern.ops import dequantize, quantize, search
@@ -34,7 +35,7 @@ def hold_floats(queries, base, k):
     """Scores within 1e-3 of those of the definition, which the returned rows have."""
     exact = base.double() if isinstance(base, torch.Tensor) else dequantize(base).double()
     q = dequantize(quantize(queries, "fp8")) if getattr(base, "precision", "") == "fp8" else queries
-    scores, ids = (x.cpu() for x in search(queries.cuda(), base.cuda() if exact is base else base.to("cuda"), k))
+    scores, ids = (x.cpu() for x in search(queries.cuda(), base.to("cuda"), k))
     all_scores = q.double() @ exact.T
     best = all_scores.topk(min(k, len(exact)), dim=1).values
     length = queries.norm(dim=1, keepdim=True) * exact.norm(dim=1).max()
@@ -42,11 +43,11 @@ def hold_floats(queries, base, k):
     assert ((scores - all_scores.gather(1, ids)).abs() <= 2e-6 * length).all()
 
 
-@pytest.mark.parametrize("dtype", FORMS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dim", [33, 64, 100, 384, 1024])
 @pytest.mark.parametrize(("rows", "queries", "k"), [(1, 1, 1), (129, 17, 200), (2000, 3, 10), (2000, 130, 10)])
-def test_small_integers(dtype, dim, rows, queries, k):
-    bits, query_bits = dtype
+def test_small_integers(form, dim, rows, queries, k):
+    bits, query_bits = form
     codes = random_codes(rows, dim, bits, signed=rows == 129, narrow=True)
     u = random_queries(queries, dim, query_bits)
     hold_integers(u, codes, k, bits, query_bits)
@@ -61,9 +62,33 @@ def test_many_rows(form, k):
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("dim", [33, 384, 1000])
-@pytest.mark.parametrize("queries", [1, 20, 300])
+@pytest.mark.parametrize("queries", [1, 16, 20, 300])
 def test_small_floats(dtype, dim, queries):
     hold_floats(torch.randn(queries, dim) * 7, of_precision(torch.randn(3000, dim), dtype), 10)
+
+
+# What lies between neighbours of 1 in the type that the matrix units round a query to.
+@pytest.mark.parametrize(("dtype", "step"), [("float32", 2.0**-10), ("float16", 2.0**-10), ("bfloat16", 2.0**-7)])
+@pytest.mark.parametrize("dim", [384, 1024])
+@pytest.mark.parametrize("queries", [1, 100])
+def test_the_scan_takes_the_whole_query(dtype, step, dim, queries):
+    query, a, b = close_rows(dim, step)
+    base = torch.rand(20_000, dim) / 4
+    base[5], base[19_000] = a, b
+    _, ids = search(query.cuda().expand(queries, dim), base.to("cuda", getattr(torch, dtype)), 1)
+    assert (ids == 19_000).all()
+
+
+def test_fp8_is_summed_in_float32():
+    # Products of one sign, whose sum in few bits falls short; beside it, one that is lower by 0.2 %, made of few terms.
+    base = torch.rand(20_000, 1024) / 8
+    base[5] = 0
+    base[5, :32] = 0.998 * 32 / 2
+    base[19_000] = 0.5
+    query = torch.full((100, 1024), 1.0)
+    _, ids = search(query.cuda(), quantize(base, "fp8").to("cuda"), 1)
+    scores = query[:1].double() @ dequantize(quantize(base, "fp8")).double().T
+    assert (ids == scores.argmax()).all()
 
 
 def test_tf32_when_torch_may():

@@ -5,7 +5,7 @@ import torch
 from compare import LargestTensor, recorded_launches, served_by_another
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from retrieval_cases import FORMS, random_codes, random_queries, unit
+from retrieval_cases import FORMS, close_rows, random_codes, random_queries, unit
 
 pytest.importorskip("triton")
 
@@ -262,3 +262,44 @@ def test_left_to_the_others(monkeypatch):
 
 def test_bfloat16_is_left_to_the_reference():
     assert "bfloat16" in launch.candidates("retrieval", torch.device("cpu"), torch.bfloat16)["triton"]
+
+
+@pytest.mark.parametrize("dim", [64, 384])
+def test_the_scan_takes_the_whole_query(dim):
+    # One tile is chosen, of three.
+    query, a, b = close_rows(dim, 2.0**-10)
+    base = torch.zeros(300, dim, dtype=torch.float16)
+    base[5], base[290] = a, b
+    assert (query.half() @ base.T).argmax() == 5
+    assert search(query[None], base, 1)[1].item() == 290
+
+
+@pytest.mark.parametrize("dim", [33, 100, 300])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_query_is_no_other_s_concern(dim, rows):
+    # NaN beside it, which only a GPU lets in unchecked.
+    queries, base = torch.randn(3, dim), torch.randn(rows, dim)
+    expected = kernels.float_search(queries, base, 3)
+    queries[1] = torch.nan
+    found = kernels.float_search(queries, base, 3)
+    for mine, theirs in zip(found, expected):
+        assert torch.equal(mine[[0, 2]], theirs[[0, 2]])
+
+
+def test_one_row_of_a_wider_base():
+    codes = torch.randint(0, 256, (9, 13), dtype=torch.uint8)[:1, :4]
+    hold_integers(random_queries(1, 32, 1), codes, 1, 1, 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_little_shared_memory(form, monkeypatch):
+    monkeypatch.setattr(kernels, "shared_memory", lambda x: 99 << 10)
+    hold_integers(random_queries(17, 384, form[1]), random_codes(300, 384, form[0]), 5, *form)
+
+
+@pytest.mark.parametrize("queries", [1, 16, 17, 34, 100, 1000])
+@pytest.mark.parametrize("bytes_each", [1 << 12, 5 << 20, 1 << 30])
+def test_blocks_of_queries_keep_the_bound(queries, bytes_each):
+    step = kernels.queries_at_once(queries, bytes_each)
+    assert step % kernels.BLOCK == 0
+    assert step == kernels.BLOCK or step * bytes_each <= kernels.WORKSPACE_BYTES

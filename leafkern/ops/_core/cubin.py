@@ -24,7 +24,7 @@ ARCHITECTURES = (80, 90, 100)
 # CUDA programming guide, technical specifications per compute capability: shared memory that one thread block can ask
 # for, of that of a multiprocessor (the difference, 1 KiB, is taken from every resident block); 64 Ki registers, 255 per
 # thread at most, handed out to warps in units of 256; 64 warps and 32 blocks resident.
-SHARED_PER_BLOCK = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_PER_BLOCK = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 SHARED_RESERVED = 1 << 10
 REGISTERS = 65536
 REGISTER_UNIT = 256

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from leafkern.ops._core.backend import forced_backend
+from leafkern.ops._core.cubin import SHARED_PER_BLOCK
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Programs of the interpreter run one after the other; a few are enough to meet every path.
@@ -79,6 +80,16 @@ def _multiprocessors(index: int) -> int:
 def multiprocessors(x: torch.Tensor) -> int:
     """Streaming multiprocessors of the device of `x`."""
     return _multiprocessors(x.device.index) if x.is_cuda else INTERPRETED_MULTIPROCESSORS
+
+
+@functools.cache
+def _shared_memory(index: int) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+
+
+def shared_memory(x: torch.Tensor) -> int:
+    """Bytes of shared memory that a program may take on the device of `x`; the interpreter counts none."""
+    return _shared_memory(x.device.index) if x.is_cuda else SHARED_PER_BLOCK[90]
 
 
 def next_power_of_2(n: int) -> int:

@@ -77,7 +77,9 @@ def _codes(x: torch.Tensor, precision: str, ranges: torch.Tensor | None) -> torc
 
 
 def _fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = x.float().abs().amax(1) / FP8_MAX
+    scale = x.float().abs().amax(1)
+    # A tensor divisor, as in `_steps`.
+    scale = scale / torch.full_like(scale, FP8_MAX)
     return (x.float() / torch.where(scale == 0, 1, scale)[:, None]).clamp(-FP8_MAX, FP8_MAX).to(
         torch.float8_e4m3fn
     ), scale

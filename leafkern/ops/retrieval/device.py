@@ -71,6 +71,8 @@ def scan_kernel(
     INTEGER: tl.constexpr = FORM == "int8" or FORM == "int4" or FORM == "bits"
     kind: tl.constexpr = tl.int32 if INTEGER else tl.float32
     inner = tl.arange(0, DEPTH)[None, :]
+    # By itself, the matrix unit adds products of fp8 in 14 bits: what it has is added in float32 after each step.
+    IMPRECISE: tl.constexpr = DEPTH if FORM == "fp8" else None
     kept = ()
     if RESIDENT:
         for d in tl.static_range(0, WIDTH, DEPTH):
@@ -85,13 +87,14 @@ def scan_kernel(
         if RESIDENT:
             for d in tl.static_range(0, WIDTH, DEPTH):
                 b_x = tl.trans(_entries(o_x, d, WIDTH, FORM, FLIP, DEPTH))
-                total = tl.dot(kept[d // DEPTH], b_x, total, input_precision=PRECISION, out_dtype=kind)
+                b_q = kept[d // DEPTH]
+                total = tl.dot(b_q, b_x, total, PRECISION, max_num_imprecise_acc=IMPRECISE, out_dtype=kind)
         else:
             for d in range(0, WIDTH, DEPTH):
                 b_x = tl.trans(_entries(o_x, d, WIDTH, FORM, FLIP, DEPTH))
                 for part in tl.static_range(PARTS):
                     b_q = tl.load(o_q + part * part_stride + d + inner)
-                    total = tl.dot(b_q, b_x, total, input_precision=PRECISION, out_dtype=kind)
+                    total = tl.dot(b_q, b_x, total, PRECISION, max_num_imprecise_acc=IMPRECISE, out_dtype=kind)
         if factor is not None:
             total *= b_factor[:, None]
         if scale is not None:

@@ -19,7 +19,8 @@ Floats. The scan chooses tiles by scores that are nearly those of float32; the c
 so that every score returned is exact to its rounding, and a row can be missed only for one whose score is as good to a
 relative 2^-20 (fp8 rows: 2^-10) of the length of both vectors.
 
-Memory besides the result: WORKSPACE_BYTES, by taking the queries in blocks, or what 16 queries need.
+Memory besides the result: WORKSPACE_BYTES, by taking the queries in blocks, or what 16 queries need; with a base in
+CPU memory, twice 64 MiB on each side besides.
 
 A base on another device than the queries (as CPU memory, mapped files too) comes in pieces: `streaming.py`.
 """
@@ -29,8 +30,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from leafkern.ops._core.cubin import ARCHITECTURES, Shipped
-from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, precision
+from leafkern.ops._core.cubin import ARCHITECTURES, SHARED_PER_BLOCK, Shipped
+from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, precision, shared_memory
 from leafkern.ops.quantization import reference as quantization
 from leafkern.ops.retrieval import reference, streaming
 from leafkern.ops.retrieval.device import bits_kernel, key_kernel, scan_kernel, score_kernel
@@ -46,8 +47,11 @@ WIDEST_WORDS = 1024
 MOST_COUNTS = 16
 # Programs per multiprocessor that the tiles are shared among: the last wave, which is not full, is one of several.
 WAVES = 8
-# Rows of bytes up to this width have all their steps in one piece of code, the queries of a program loaded once.
-RESIDENT = 512
+# Rows of bytes up to this width have all their steps in one piece of code, the queries of a program loaded once, where
+# a program may take as much shared memory.
+RESIDENT, RESIDENT_BYTES = 512, 160 << 10
+# Entries that score_kernel takes at a time.
+SCORE_DEPTH = 64
 # e4m3 as float16, see `device`.
 FP8_FACTOR = 256.0
 _PARTS = {torch.float16: 2, torch.bfloat16: 2}
@@ -70,10 +74,10 @@ class Cut:
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255, "enable_fp_fusion": True}
 
 
-def configure(form: str, size: int, queries: int, width: int) -> Cut:
+def configure(form: str, size: int, queries: int, width: int, shared: int) -> Cut:
     """The heuristic, by bytes of an entry: the queries that there are, up to what registers and shared memory hold."""
     rows = 16 if queries <= 16 else 64 if queries <= 64 or size == 4 else 128
-    resident = size == 1 and width <= RESIDENT
+    resident = size == 1 and width <= RESIDENT and shared >= RESIDENT_BYTES
     stages = (3 if width <= 384 else 2) if resident else 4 if rows == 16 else 3
     warps = 8 if rows == 128 or size == 4 or form in ("int4", "bits") else 4
     return Cut(rows, {1: 128, 2: 32 if rows == 128 else 64, 4: 16}[size], warps, stages, resident)
@@ -85,7 +89,7 @@ def _scan_constants(width: int, form: str, flip: bool, parts: int, cut: Cut, pre
 
 
 def _score_constants(width: int, form: str, flip: bool) -> dict:
-    return {"WIDTH": width, "FORM": form, "FLIP": flip, "ROWS": TILE, "DEPTH": 64}
+    return {"WIDTH": width, "FORM": form, "FLIP": flip, "ROWS": TILE, "DEPTH": SCORE_DEPTH}
 
 
 def _bits_constants(width: int, flip: bool, planes: int, align: int) -> dict:
@@ -125,7 +129,7 @@ def search(
     form = {8: "int8", 4: "int4", 1: "bits"}[bits]
     flip = bits == 1 and codes.dtype == torch.int8
     width = u.shape[1]
-    cut = configure(form, 1, len(u), width)
+    cut = configure(form, 1, len(u), width, shared_memory(u))
     padded = _padded(u, cut)
     planes = None
     if (
@@ -146,7 +150,7 @@ def float_search(
     """As `reference.blocked_float`, of queries float32 with rows whose entries are adjacent, float32, float16 or
     bfloat16, k <= 1024. Where a score isn't finite, the first returned is NaN."""
     width = queries.shape[1]
-    cut = configure("float", rows.element_size(), len(queries), width)
+    cut = configure("float", rows.element_size(), len(queries), width, shared_memory(queries))
     exact, factor = _padded(queries, cut), None
     if rows.dtype == torch.float32:
         parts = exact[None]
@@ -167,7 +171,7 @@ def fp8_search(
     """As `float_search`, of rows of fp8, times `scale` (N,); the queries are quantised likewise."""
     codes, factor = quantization.fp8(queries)
     native = _takes_fp8(queries.device)
-    cut = configure("fp8", 1 if native else 2, len(queries), queries.shape[1])
+    cut = configure("fp8", 1 if native else 2, len(queries), queries.shape[1], shared_memory(queries))
     exact = _padded(codes.float(), cut)
     factor = torch.nn.functional.pad(factor if native else factor * FP8_FACTOR, (0, len(exact) - len(factor)))
     parts = (exact.to(rows.dtype) if native else exact.half())[None]
@@ -184,7 +188,7 @@ def _takes_fp8(device: torch.device) -> bool:
 def _padded(x: torch.Tensor, cut: Cut) -> torch.Tensor:
     # Whichever multiple of BLOCK a program begins at, it has all its queries.
     more = -x.shape[0] % BLOCK + cut.queries - BLOCK
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % cut.depth, 0, more)).contiguous()
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % max(cut.depth, SCORE_DEPTH), 0, more)).contiguous()
 
 
 def _planes(u: torch.Tensor, query_bits: int) -> torch.Tensor:
@@ -210,14 +214,19 @@ def _search(queries: _Queries, base: Base, k: int, dtype: torch.dtype) -> tuple[
     return reference.from_keys(keys, dtype)
 
 
+def queries_at_once(number: int, bytes_each: int) -> int:
+    """How many of `number` queries are taken together, a multiple of BLOCK, as even as the bound allows."""
+    most = max(BLOCK, WORKSPACE_BYTES // bytes_each // BLOCK * BLOCK)
+    return BLOCK * triton.cdiv(number, triton.cdiv(number, most) * BLOCK)
+
+
 def _best_keys(queries: _Queries, base: Base, k: int, dtype: torch.dtype) -> torch.Tensor:
     """The keys (Q, min(k, N)) of the best rows of a base on the queries' device, best first."""
     k = min(k, len(base))
     tiles = triton.cdiv(len(base), TILE)
     # Maxima, keys of tiles and of rows; topk takes as much again as it is given, and more.
     each = 4 * tiles + 24 * min(tiles, 2 * GROUP * k) + 24 * min(k, tiles) * TILE
-    blocks = triton.cdiv(queries.number, max(1, WORKSPACE_BYTES // each))
-    step = BLOCK * triton.cdiv(queries.number, blocks * BLOCK)
+    step = queries_at_once(queries.number, each)
     found = []
     for start in range(0, queries.number, step):
         maxima = _maxima(queries, base, start, min(step, queries.number - start), dtype)
@@ -329,6 +338,8 @@ def _tile_keys(queries: _Queries, base: Base, start: int, chosen: torch.Tensor) 
 
 WIDTHS = {"int8": (384, 256, 512, 768, 1024, 100), "int4": (384, 1024), "bits": (384, 1024, 100)}
 FLOAT_WIDTHS = {"fp32": (384, 1024), "fp16": (384, 1024), "bf16": (384,), "fp8": (384, 1024), "fp8 bytes": (384,)}
+# Also for GPUs on which a block has little shared memory.
+SMALL = {"int8": 86, "int4": 86, "bits": 86, "fp8": 89}
 # Title, of chosen groups, of groups.
 KEY_CASES = (("of tiles", False, False), ("of groups", False, True), ("of chosen tiles", True, False))
 TESTED = {
@@ -349,6 +360,7 @@ def shipped() -> list[Shipped]:
         found += [_shipped_scan(kind, width, 1000) for width in widths]
         found += [_shipped_score(kind, width) for width in widths]
         found.append(_shipped_scan(kind, widths[0], 1000, allowed=True))
+    found += [_shipped_scan(kind, 384, q, small=True) for kind in SMALL for q in (1, 64, 1000)]
     found += [_shipped_score(kind, 384, allowed=True) for kind in ("int8", "bits", "fp16")]
     found += [_shipped_bits(width, planes) for width in (384, 1024) for planes in (1, 7)]
     found.append(_shipped_bits(384, 7, allowed=True))
@@ -356,11 +368,12 @@ def shipped() -> list[Shipped]:
     return found
 
 
-def _shipped(title: str, kernel, types: dict, constants: dict, options: dict) -> Shipped:
+def _shipped(title: str, kernel, types: dict, constants: dict, options: dict, only: int | None = None) -> Shipped:
     constants = constants | {name: None for name, kind in types.items() if kind is None}
     types = {name: kind for name, kind in types.items() if kind is not None}
     takes_fp8 = ARCHITECTURES[1:] if "*fp8e4nv:16" in types.values() else ARCHITECTURES
-    return Shipped("retrieval", title, kernel, types, constants, options, 1, title in TESTED, takes_fp8)
+    architectures = takes_fp8 if only is None else (only,)
+    return Shipped("retrieval", title, kernel, types, constants, options, 1, title in TESTED, architectures)
 
 
 def _shipped_keys(kind: str, title: str, chosen: bool, best: bool) -> Shipped:
@@ -385,10 +398,11 @@ def _form_of(kind: str) -> str:
     return "float" if kind in ("fp32", "fp16", "bf16") else kind
 
 
-def _shipped_scan(kind: str, width: int, queries: int, allowed: bool = False) -> Shipped:
+def _shipped_scan(kind: str, width: int, queries: int, allowed: bool = False, small: bool = False) -> Shipped:
     form, halves = _form_of(kind), kind in ("fp16", "bf16")
     size = 4 if kind == "fp32" else 2 if halves or kind == "fp8 bytes" else 1
-    cut = configure(form, size, queries, width)
+    only = SMALL[kind] if small else None
+    cut = configure(form, size, queries, width, SHARED_PER_BLOCK[only or 90])
     entry = {"fp8": "fp8e4nv", "fp8 bytes": "fp16"}.get(kind, kind if form == "float" else "i8")
     types = {"queries": f"*{entry}:16", "factor": "*fp32:16" if halves or kind.startswith("fp8") else None}
     types |= _base_types(kind, width, allowed) | {"maxima": "*i32:16" if form in WIDTHS else "*fp32:16"}
@@ -396,8 +410,8 @@ def _shipped_scan(kind: str, width: int, queries: int, allowed: bool = False) ->
     types |= dict.fromkeys(("number", "tiles", "share", "query_blocks"), "i32")
     how = "tf32x3" if kind == "fp32" else "ieee"
     constants = _scan_constants(width, form, False, 2 if halves else 1, cut, how)
-    title = f"scan {kind} D={width} Q={queries}{' allowed' * allowed}"
-    return _shipped(title, scan_kernel, types, constants, cut.options)
+    title = f"scan {kind} D={width} Q={queries}{' allowed' * allowed}{' small' * small}"
+    return _shipped(title, scan_kernel, types, constants, cut.options, only)
 
 
 def _shipped_score(kind: str, width: int, allowed: bool = False) -> Shipped:

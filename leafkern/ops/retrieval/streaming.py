@@ -37,7 +37,7 @@ class Base:
 
     def words(self) -> torch.Tensor | None:
         """The rows as words of 32 bits; None where they don't begin at such."""
-        whole = self.rows.shape[1] % 4 == 0 and (len(self) == 1 or self.rows.stride(0) % 4 == 0)
+        whole = self.rows.shape[1] % 4 == 0 and self.rows.stride(0) % 4 == 0
         return self.rows.view(torch.uint32) if whole and self.rows.data_ptr() % 4 == 0 else None
 
     def tensors(self) -> list[torch.Tensor | None]:
