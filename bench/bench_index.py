@@ -21,7 +21,7 @@ ROWS = {"tiny": 100_032, "small": 1_000_000, "full": 10_000_000}
 
 def sparse_index(folder: Path, rows: int) -> int:
     """Makes an index of `rows` int8 vectors at `folder`, nearly all of its file a hole; the file's bytes."""
-    index = Index.build(folder, torch.nn.functional.normalize(torch.randn(SMALL, DIM)), rescore=None)
+    Index.build(folder, torch.nn.functional.normalize(torch.randn(SMALL, DIM)), rescore=None)
     manifest = json.loads((folder / "manifest.json").read_text())
     (entry,) = manifest["segments"]
     with safe_open(folder / entry["file"], framework="numpy") as file:
@@ -37,7 +37,6 @@ def sparse_index(folder: Path, rows: int) -> int:
     manifest["count"] = entry["rows"] = rows
     entry["bytes"] = size
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    del index
     return size
 
 

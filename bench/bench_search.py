@@ -5,6 +5,7 @@ Bases smaller than the cache are rotated. A case's test is named so that `-k "cp
 """
 
 import gc
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -14,6 +15,7 @@ from leafkern.ops import Quantized, calibrate, quantize, search
 
 from . import search_peers as peers_of
 from .harness import Case, Contestant, Work
+from .recall_page import BITS_ALONE, FLOAT32
 from .search_data import (
     clustered,
     clustered_blocks,
@@ -85,7 +87,9 @@ def _bases(precision: str, rows: int, device: str) -> list[Quantized | torch.Ten
     if precision in ("binary", "asymmetric"):
         return _bits(rows)
     if precision == "rescored":
-        return [_levels(rows)[0]]
+        # Copies, for the finer levels are those of one set of vectors.
+        bits = _levels(rows)[0]
+        return [bits, *(replace(bits, codes=bits.codes.clone()) for _ in range(BINARY_BASES - 1))]
     return [_vectors(rows) if precision == "float32" else quantize(_vectors(rows), precision)]
 
 
@@ -197,7 +201,7 @@ def _work(precision: str, rows: int, q: int, device: str) -> Work:
 
 def _queries(precision: str, rows: int, q: int, device: str) -> list[torch.Tensor]:
     # A base of bits would stay in the cache; the others are too large for it, and many queries rotate by themselves.
-    sets = BINARY_BASES if q < 1000 or (device == "cpu" and precision in QUERY_BITS) else 2
+    sets = BINARY_BASES if q < 1000 or (device == "cpu" and precision in (*QUERY_BITS, "rescored")) else 2
     return [queries_for(q, DIM, rows, seed).to(PLACE[device]) for seed in range(sets)]
 
 
@@ -215,11 +219,17 @@ def _case(precision: str, rows: int, q: int, device: str, peers: bool) -> Case:
         contestants = [_with_recall(contestants[0], scores_of, K, at)]
         if peers and device == "cpu":
             contestants += peers_of.refined(vectors, queries, at, K, OVERSAMPLE, scores_of)
+            alone = _ours(queries, bases, K, device, BITS_ALONE, query_bits=8)
+            contestants += beside([alone], "the first stage, no rescoring")
     elif peers and device == "cpu":
         contestants += _cpu_peers(precision, rows, bases, queries, q, K)
     elif peers:
         matmul = _matmul(_made_there(rows, "float16", PLACE[device]).codes, queries, q, K)
         contestants += [matmul] if precision == "float16" else beside([matmul], "float16: more bytes, finer scores")
+    if peers and device == "cpu" and precision != "float32":
+        # So that what each precision gains is a ratio of one run.
+        floats = _ours(queries, [_vectors(rows)], K, device, FLOAT32)
+        contestants += beside([floats], "4 bytes a number")
     shape = {"N": rows, "D": DIM, "Q": q, "k": K}
     work = _work(precision, rows, q, device)
     return Case("search", f"{precision}/Q{q}", shape, work, contestants, len(queries), device)

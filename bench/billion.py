@@ -9,7 +9,6 @@ Nothing that large was run.
 import argparse
 import math
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,7 +30,8 @@ HOST_MEMORY = 256 * 10**9
 GPU_MEMORY = 141 * 10**9  # an H200's
 PRECISIONS = ("float32", "float16", "int8", "int4", "binary@8", "binary")
 CASES = {"binary@8": "asymmetric"}
-RESULT_BYTES = 12  # a score in float32 and an int64 row
+CANDIDATE_BYTES = 24  # as shards send them: two scores in float32, row and id in int64
+CORES = (16, 64, 256)
 
 
 def scan_seconds(one: figures.Measured) -> float:
@@ -64,8 +64,7 @@ def page(cpu: Mapping[str, figures.Measured], gpu: Mapping[str, figures.Measured
         "## What it hangs on",
         drivers(cpu),
     ]
-    kept = [part if part[:1] in "#|-" else textwrap.fill(part, 120) for part in parts if part]
-    return "\n\n".join(kept) + "\n"
+    return figures.markdown(parts)
 
 
 def memory() -> str:
@@ -76,9 +75,6 @@ def memory() -> str:
         lines.append([precision_name(precision), f"{size / 1e9:,.0f} GB", *map(str, shards)])
     host, gpu = HOST_MEMORY // 10**9, GPU_MEMORY // 10**9
     return table(["codes", "memory", f"machines of {host} GB", f"GPUs of {gpu} GB (H200)"], lines)
-
-
-CORES = (16, 64, 256)
 
 
 def _cores() -> str:
@@ -161,10 +157,11 @@ def drivers(cpu: Mapping[str, figures.Measured]) -> str:
         f"{OVERSAMPLE * K * bytes_per_vector('float16', WIDTH) / 1e3:.3g} kB in float16 for k = {K}, read at random."
     )
     machines = math.ceil(ROWS * bytes_per_vector("float32", WIDTH) / (FILLED * HOST_MEMORY))
-    sent = RESULT_BYTES * K
+    sent = CANDIDATE_BYTES * OVERSAMPLE * K
     said.append(
-        f"- Merging is nothing beside it: each shard sends {sent} bytes a query for k = {K}; of 1000 queries over "
-        f"{machines} shards {1000 * machines * sent / 1e6:.3g} MB in all."
+        f"- Merging is little beside it: each shard sends {sent} bytes a query for k = {K}, its {OVERSAMPLE}·k "
+        f"candidates with both scores and int64 ids; of 1000 queries over {machines} shards "
+        f"{1000 * machines * sent / 1e6:.3g} MB in all."
     )
     return "\n".join(said)
 

@@ -126,8 +126,9 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line("")
         for row in [header, *body]:
             terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    if session.size == "full":
-        for line in targets.reached(targets.measurements(written[0].parent.parent)):
-            terminalreporter.write_line(line)
     for path in written:
         terminalreporter.write_line(f"written: {path}")
+    if session.size == "full" and any(op in targets.OPERATIONS for op, _ in session.rows):
+        for line in targets.reached(targets.measurements(written[0].parent.parent)):
+            terminalreporter.write_line(line)
+        terminalreporter.write_line("pages of these figures: see bench/README.md")

@@ -1,5 +1,6 @@
 """What the result files hold, for the pages that are made from them: cases by name, tables, shares."""
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,12 +30,14 @@ class Measured(NamedTuple):
 
 
 def cases(folder: Path, op: str) -> dict[str, Measured]:
-    """By name, from OP.json and OP-*.json in `folder`; a case measured in several runs is the last one's."""
+    """By name, from the full runs in OP.json and OP-*.json in `folder`; of a case measured twice, the later."""
     documents = [
         read_json(path, "benchmark result") for path in [*folder.glob(f"{op}.json"), *folder.glob(f"{op}-*.json")]
     ]
     found = {}
     for document in sorted(documents, key=lambda document: document["date"]):
+        if document["size"] != "full":
+            continue
         for name in dict.fromkeys(row["case"] for row in document["rows"]):
             rows = {r["provider"]: r for r in document["rows"] if r["case"] == name and r["status"] == "ok"}
             if any(row["ours"] for row in rows.values()):
@@ -57,11 +60,30 @@ def times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.3g} ×"
 
 
+def short(commit: str | None) -> str:
+    """A commit in 12 characters, with the mark of a changed checkout."""
+    if commit is None:
+        return "unknown"
+    name, _, mark = commit.partition("-")
+    return name[:12] + (f"-{mark}" if mark else "")
+
+
+def markdown(parts: Iterable[str]) -> str:
+    """A page of paragraphs, which are filled, and of headings, tables and lists, which are not."""
+    return "\n\n".join(part if part[0] in "#|-" else textwrap.fill(part, 120) for part in parts if part) + "\n"
+
+
+def rows_and_width(measured: Iterable[Measured]) -> str:
+    """The sizes of bases that were searched: "1 million × 384"."""
+    sizes = {(one.ours["shape"]["N"], one.ours["shape"]["D"]): None for one in measured}
+    return " and ".join(f"{rows / 1e6:g} million × {width}" for rows, width in sizes)
+
+
 def origin(documents: Iterable[Mapping]) -> str:
     """Which runs figures come from: dates, commits and machines."""
     said = {}
     for one in documents:
         machine = one["machine"]
         where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {machine['threads']} threads"
-        said[f"{one['date'][:10]}, commit {(one['commit'] or 'unknown')[:12]}, {where}"] = None
+        said[f"{one['date'][:10]}, commit {short(one['commit'])}, {where}"] = None
     return "; ".join(said)

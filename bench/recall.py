@@ -1,4 +1,4 @@
-"""Which precision? Recall of codes against float32 on three collections of all-MiniLM-L6-v2 vectors, and the guide.
+"""Which precision? Recall of codes against float32 on up to three collections, all-MiniLM-L6-v2's, and the guide.
 
     LEAFKERN_DATA=FOLDER python -m bench.recall --work FOLDER [--output bench/results/recall]
     python -m bench.recall --page           writes the guide again from recall.json and the measured speeds
@@ -23,24 +23,18 @@ from leafkern.demo.__main__ import default_teacher
 from leafkern.errors import InputError
 from leafkern.evaluate import RECALL_DEPTHS, Retrieval, bytes_per_vector, evaluate_vectors, float32_found
 from leafkern.files import read_json, write_json
+from leafkern.index.vectors import random_rotation, rotated
 from leafkern.ops import search
 from leafkern.ops._core.normalize import normalize_rows
 
 from .machine import commit, results_folder, versions
 from .recall_data import collections, vectors
-from .recall_page import write_guide
+from .recall_page import MODEL, write_guide
 
 PRECISIONS = ("float32", "float16", "int8", "int4", "binary@8", "binary")
 OVERSAMPLED, OVERSAMPLES = ("int8", "int4", "binary@8", "binary"), (1, 2, 4, 10, 20)
 FOUND = [f"found_{depth}{rescored}" for depth in RECALL_DEPTHS for rescored in ("", "_rescored")]
 ROTATED, ROTATIONS = ("int8", "int4", "binary@8", "binary"), 3
-
-
-def rotation(dim: int, seed: int) -> torch.Tensor:
-    """A random orthogonal matrix (dim, dim), all equally likely: QR of a Gaussian, R's diagonal made positive."""
-    gaussian = torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    q, r = torch.linalg.qr(gaussian)
-    return (q * r.diagonal().sign()).float()
 
 
 def measured(task: Retrieval, documents: np.ndarray, queries: np.ndarray) -> dict:
@@ -65,8 +59,9 @@ def measured(task: Retrieval, documents: np.ndarray, queries: np.ndarray) -> dic
         for count in OVERSAMPLES
         for found in [float32_found(left, right, precision, width, exact, depths=(10,), oversample=count)]
     ]
-    turned = [(left @ matrix, right @ matrix) for matrix in (rotation(width, seed) for seed in range(ROTATIONS))]
-    rotated = [
+    matrices = [random_rotation(width, seed) for seed in range(ROTATIONS)]
+    turned = [(rotated(left, matrix), rotated(right, matrix)) for matrix in matrices]
+    after = [
         {"precision": precision, "seed": seed} | float32_found(*pair, precision, width, exact)
         for precision in ROTATED
         for seed, pair in enumerate(turned)
@@ -77,11 +72,15 @@ def measured(task: Retrieval, documents: np.ndarray, queries: np.ndarray) -> dic
         "width": width,
         "grid": grid,
         "oversampling": oversampling,
-        "rotated": rotated,
+        "rotated": after,
     }
 
 
-def run(model: Path, data: Path | None, work: Path, output: Path, command: str) -> None:
+def name_of(model: Path | None) -> str:
+    return MODEL if model is None else model.resolve().name
+
+
+def run(model: Path | None, data: Path | None, work: Path, output: Path, command: str) -> None:
     document = {
         "format": "leafkern-recall",
         "version": 1,
@@ -89,10 +88,11 @@ def run(model: Path, data: Path | None, work: Path, output: Path, command: str) 
         "commit": commit(),
         "command": command,
         "versions": versions(),
+        "model": name_of(model),
         "collections": {},
     }
     for name, (task, tokens) in collections(data).items():
-        documents, queries = vectors(task, tokens, model, work)
+        documents, queries = vectors(task, tokens, model or default_teacher(), work)
         say(f"{name}: searching")
         document["collections"][name] = measured(task, documents, queries)
     output.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if data is not None and not Path(data).is_dir():
                 raise InputError(f"LEAFKERN_DATA: {data}: no such folder")
             command = "LEAFKERN_DATA=FOLDER python -m bench.recall --work FOLDER"
-            run(given.model or default_teacher(), data and Path(data), given.work, given.output, command)
+            run(given.model, data and Path(data), given.work, given.output, command)
         path = given.output / "recall.json"
         if not path.is_file():
             raise InputError(f"--output: {path} is not there; run without --page first")

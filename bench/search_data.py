@@ -59,19 +59,44 @@ def exact_scores(left: torch.Tensor, codes: torch.Tensor, decode=lambda x: x) ->
     return torch.cat([left @ decode(part).double().T for part in codes.split(BLOCK)], dim=1)
 
 
+def wrong_ids(ids, rows: int) -> str | None:
+    """What is wrong with ids (S, k) as different rows of a base of `rows`, or None."""
+    ids = np.asarray(ids)
+    if ids.min() < 0 or ids.max() >= rows:
+        return "an id outside the base"
+    if any(len(set(row)) < len(row) for row in ids.tolist()):
+        return "an id twice in one row"
+    return None
+
+
 def wrong_top_k(ids, scores: torch.Tensor, k: int, tolerance: float) -> str | None:
     """What is wrong with ids (S, k) as the best of scores (S, N), or None; equal scores may stand in any order."""
     ids = torch.as_tensor(np.asarray(ids).astype(np.int64), device=scores.device)
     expected = scores.topk(min(k, scores.shape[1]), dim=1).values
     if ids.shape != expected.shape:
         return f"ids of shape {tuple(ids.shape)}, expected {tuple(expected.shape)}"
-    if ids.min() < 0 or ids.max() >= scores.shape[1]:
-        return "an id outside the base"
-    if any(len(set(row)) < len(row) for row in ids.tolist()):
-        return "an id twice in one row"
+    if wrong := wrong_ids(ids.cpu(), scores.shape[1]):
+        return wrong
     gap = (scores.gather(1, ids) - expected).abs().max().item()
     scale = max(1e-30, expected.abs().max().item())
     return None if gap <= tolerance * scale else f"scores {gap / scale:.2g} (relative) off the exact top k"
+
+
+def wrong_refinement(ids, coarse: torch.Tensor, fine: torch.Tensor, k: int, oversample: int, tolerance: float):
+    """What is wrong with ids (S, k) as the best by `fine` of the best oversample·k by `coarse`, both (S, N); or None.
+
+    tolerance: of the coarse scores, relative to the largest; which of two nearer ones is a candidate is left open.
+    """
+    if wrong := wrong_ids(ids, coarse.shape[1]):
+        return wrong
+    ids = torch.as_tensor(np.asarray(ids).astype(np.int64))
+    edge = coarse.topk(min(oversample * k, coarse.shape[1]), dim=1).values[:, -1:]
+    slack = tolerance * coarse.abs().max()
+    if (coarse.gather(1, ids) < edge - slack).any():
+        return "an id that the first stage does not choose"
+    last = fine.gather(1, ids).amin(1, keepdim=True) + 1e-5 * fine.abs().max()
+    left = (coarse > edge + slack) & (fine > last)
+    return "a better candidate is left out" if left.scatter(1, ids, False).any() else None
 
 
 def found_share(ids, scores: torch.Tensor, k: int) -> float:

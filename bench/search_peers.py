@@ -16,9 +16,11 @@ from leafkern.ops import Quantized
 from leafkern.ops.retrieval import fold
 
 from .harness import Contestant
-from .search_data import BLOCK, clustered, exact_scores, found_share, wrong_top_k
+from .search_data import BLOCK, clustered, exact_scores, found_share, wrong_refinement, wrong_top_k
 
 SAMPLE = 4  # queries per input set that are checked
+# USearch takes some 10 s a call at Q = 1000 (0.37 s at 32), and one for each input set to check it.
+USEARCH_QUERIES = 32
 PQ_SUBSPACES, PQ_BITS, PQ_TRAINED = 96, 4, 10_000
 # FastScan rounds its 96 tables to 8 bits: half a step of each is 0.5 % of the largest score here.
 PQ_TOLERANCE = 5e-3
@@ -83,7 +85,7 @@ def floats(base: torch.Tensor, queries: list[torch.Tensor], q: int, k: int) -> l
             index = _filled(faiss.IndexScalarQuantizer(base.shape[1], scalar, faiss.METRIC_INNER_PRODUCT), base)
             run = _faiss_search(index, arrays, k)
             peers.append(checked("FAISS SQ fp16", run, scores, q, k, tolerance=1e-4))
-        if usearch is not None and q < 1000:
+        if usearch is not None and q <= USEARCH_QUERIES:
             halves = [x.half().numpy() for x in queries]
             rounded = cache(lambda i: exact_scores(queries[i][sample(q)].half(), base))
             peers.append(_usearch("USearch exact f16", base.numpy(), halves, "IP", {}, rounded, q, k, tolerance=2e-3))
@@ -127,7 +129,7 @@ def int8(base: Quantized, queries: list[torch.Tensor], q: int, k: int) -> list[C
     if usearch is not None:
         peers.append(_usearch("USearch exact i8", codes, integers, "IP", {}, scores, q, k))
     if numkong is not None:
-        packed = _numkong_parts(numkong.dots_pack, codes, "int8")
+        packed = [_numkong_parts(numkong.dots_pack, codes, "int8")]
         name = "NumKong packed i8 dots"
         peers.append(_scores_only(name, numkong.dots_packed, numkong, packed, integers, "int32", q, scores))
     return peers
@@ -150,27 +152,39 @@ def _numkong_parts(pack, codes, dtype) -> list:
     return [pack(np.ascontiguousarray(part), dtype=dtype) for part in np.array_split(codes, _threads())]
 
 
-def _scores_only(name, function, numkong, packed, queries, dtype, q, scores) -> Contestant:
-    """NumKong computes scores and selects nothing: shown, but not the peer that ratios are against."""
-    block = min(q, 256)
-    sizes = [np.asarray(function(queries[0][:1], part)).shape[1] for part in packed]
+def _scores_only(name, function, numkong, bases, queries, dtype, q, scores) -> Contestant:
+    """NumKong computes scores and selects nothing: shown, but not the peer that ratios are against.
+
+    bases: each in parts, one a thread. Queries go in blocks of at most 256, of one size, so that all write to memory
+    that is there.
+    """
+    block = -(-q // -(-q // 256))
+    sizes = [np.asarray(function(queries[0][:1], part)).shape[1] for part in bases[0]]
     outputs = [numkong.zeros((block, size), dtype=dtype) for size in sizes]
-    pool = ThreadPoolExecutor(len(packed))
+    pool = ThreadPoolExecutor(len(sizes))
+
+    def block_from(i, start):
+        part = queries[i][start : start + block]
+        out = outputs if len(part) == block else [None] * len(outputs)
+        packed = bases[i % len(bases)]
+        jobs = [pool.submit(function, part, b, **({"out": o} if o is not None else {})) for b, o in zip(packed, out)]
+        return [job.result() for job in jobs]
 
     def run(i):
         for start in range(0, q, block):
-            part = queries[i][start : start + block]
-            whole = len(part) == block
-            jobs = [pool.submit(function, part, b, **({"out": o} if whole else {})) for b, o in zip(packed, outputs)]
-            results = [job.result() for job in jobs]
+            results = block_from(i, start)
         return start, results
 
     def check(output, i):
-        start, results = output
-        at = [row for row in sample(q) if row >= start]
-        got = np.concatenate([np.asarray(part)[[row - start for row in at]] for part in results], axis=1)
-        right = scores(i)[[sample(q).index(row) for row in at]]
-        return None if np.array_equal(got.astype(np.int64), right.numpy().astype(np.int64)) else "scores differ"
+        # What is there is the last block; the others are computed again, in the same way.
+        for start in range((q - 1) // block * block, -1, -block):
+            results = output[1] if start == output[0] else block_from(i, start)
+            places = [place for place, row in enumerate(sample(q)) if start <= row < start + block]
+            at = [sample(q)[place] - start for place in places]
+            got = np.concatenate([np.asarray(part)[at] for part in results], axis=1)
+            if not np.array_equal(got.astype(np.int64), scores(i)[places].numpy().astype(np.int64)):
+                return "scores differ"
+        return None
 
     return Contestant(name, run, check, same_job=False, note="scores only, no selection")
 
@@ -200,19 +214,17 @@ def hamming(bases: list[Quantized], queries: list[torch.Tensor], q: int, k: int)
             index.add(base.codes.numpy())
         run = lambda i: indexes[i].search(packed_queries[i], k)[1]  # noqa: E731
         peers.append(checked("FAISS IndexBinaryFlat", run, scores, q, k))
-    if usearch is not None and q < 1000:
+    if usearch is not None and q <= USEARCH_QUERIES:
         options = {"dtype": "b1"}
         exact = [_usearch("", b.codes.numpy(), packed_queries, "Hamming", options, scores, q, k) for b in bases]
         peers.append(checked("USearch exact b1", lambda i: exact[i].run(i), scores, q, k))
-    if numkong is not None and q <= 32:
+    if numkong is not None:
         parts = [_numkong_parts(numkong.hammings_pack, base.codes.numpy(), "uint1") for base in bases]
         distances = cache(lambda i: (dim - scores(i)) / 2)
-        each = [
-            _scores_only("", numkong.hammings_packed, numkong, part, packed_queries, "uint32", q, distances)
-            for part in parts
-        ]
-        one = Contestant("NumKong packed hamming", lambda i: each[i].run(i), lambda out, i: each[i].check(out, i))
-        peers += beside([one], "scores only, no selection")
+        name = "NumKong packed hamming"
+        peers.append(
+            _scores_only(name, numkong.hammings_packed, numkong, parts, packed_queries, "uint32", q, distances)
+        )
     return peers
 
 
@@ -259,10 +271,17 @@ def refined(
     index = faiss.IndexRefineFlat(scans[0], faiss.swig_ptr(vectors.numpy()))
     index.k_factor = float(oversample)
     arrays = [x.numpy() for x in queries]
+    q = len(arrays[0])
     values: dict[str, float] = {}
+
+    @cache
+    def stages(i):
+        few = queries[i][sample(q)]
+        return exact_scores(few, _decoded(scans[0])), exact_scores(few, vectors)
 
     def check(ids, i):
         values["recall"] = found_share(ids[at], scores_of(i), k)
+        return wrong_refinement(ids[sample(q)], *stages(i), k, oversample, 2 * PQ_TOLERANCE)
 
     name, note = "FAISS PQFastScan 96x4, refined", f"its best {oversample}·k scored again in float32"
     return [Contestant(name, _faiss_search(index, arrays, k), check, note=note, values=values)]

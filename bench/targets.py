@@ -8,7 +8,6 @@ so. A full run of these benchmarks ends with the lines that its folder of result
 
 import argparse
 import sys
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from . import figures
 from .figures import Measured, table
 from .machine import results_folder
 
+OPERATIONS = ("search", "quantization", "index")
 OTHERS = ("FAISS", "USearch", "NumKong")
 POPCOUNTS = ("popcount_scalar", "popcount_avx2")
 Cases = Mapping[str, Measured]
@@ -87,10 +87,11 @@ def _quantised(case: str) -> Callable[[Mapping], float]:
     return lambda found: found["cpu", "quantization"][case].ours["percent_of_limit"] / 100
 
 
-def _recall(key: str) -> Callable[[Mapping], float]:
+def _recall(key: str) -> Callable[[Mapping], float | None]:
     def value(found):
-        rows = found["recall"]["collections"]["docstrings"]["grid"]
-        return next(row[key] for row in rows if (row["precision"], row["dim"]) == ("binary@8", 384))
+        one = found["recall"]["collections"]["docstrings"]
+        wanted = "binary@8", one["width"]
+        return next((row[key] for row in one["grid"] if (row["precision"], row["dim"]) == wanted), None)
 
     return value
 
@@ -115,7 +116,7 @@ def _targets() -> list[Target]:
         case = f"asymmetric/Q{q}"
         found.append(Target(case, "FAISS PQFastScan 96x4", 1.0, _faster("cpu", case, "FAISS PQFastScan")))
     for key, bound, what in (
-        ("found_10", 0.70, "recall@10 of 11,500 docstrings, codes alone"),
+        ("found_10", 0.70, "recall@10 of docstrings, codes alone"),
         ("found_10_rescored", 0.97, "the same, rescored ×4 by float16"),
     ):
         found.append(Target("asymmetric", what, bound, _recall(key), ""))
@@ -155,11 +156,8 @@ def measurements(folder: Path) -> dict:
     """By (machine, benchmark) the cases; under "recall" the document of bench.recall. What is not there is left out."""
     found: dict = {}
     for machine in ("cpu", "h100", "h200"):
-        for op in ("search", "quantization", "index"):
-            cases = {
-                name: one for name, one in figures.cases(folder / machine, op).items() if one.document["size"] == "full"
-            }
-            if cases:
+        for op in OPERATIONS:
+            if cases := figures.cases(folder / machine, op):
                 found[machine, op] = cases
     path = folder / "recall" / "recall.json"
     if path.is_file():
@@ -179,17 +177,21 @@ def page(found: Mapping) -> str:
     lines = [line for line in lines if line[3] != "not measured" or not line[0].startswith("H100")]
     missed = sum(line[4] == "missed" for line in lines)
     absent = sum(line[3] == "not measured" for line in lines)
-    documents = [one.document for key, cases in found.items() if key != "recall" for one in cases.values()]
+    searched = [(key, cases) for key, cases in found.items() if key != "recall"]
+    documents = [one.document for _, cases in searched for one in cases.values()]
+    sizes = "; ".join(
+        f"{machine}: {figures.rows_and_width(cases.values())}" for (machine, op), cases in searched if op == "search"
+    )
     lead = (
-        "Written by `python -m bench.targets` from the result files; no figure here is typed. N = 1 million × 384 "
-        "clustered unit vectors, k = 10, on a CPU; 10 million on a GPU. Ratios are how many times faster leafkern is, "
-        "medians of one run. Percentages are of rates measured in the same run."
+        "Written by `python -m bench.targets` from the result files; the targets are typed, what was measured is not. "
+        f"Search of clustered unit vectors ({sizes or 'not measured'}), k = 10 where nothing else is said. Ratios are "
+        "how many times faster leafkern is, medians of one run. Percentages are of rates measured in the same run."
     )
     count = f"{len(lines) - missed - absent} of {len(lines)} reached, {missed} not, {absent} not measured here."
     origin = f"From: {figures.origin(documents)}." if documents else "No result files were found."
     parts = ["# Quantised search: targets and figures", lead, count]
     parts += [table(["case", "", "target", "measured", ""], lines), origin]
-    return "\n\n".join(part if part[0] in "#|" else textwrap.fill(part, 120) for part in parts) + "\n"
+    return figures.markdown(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

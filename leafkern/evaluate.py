@@ -309,11 +309,13 @@ def evaluate_vectors(
     rows: list[dict] = []
     neighbours: dict[tuple[str, int], np.ndarray] = {}
     exact: dict[str, torch.Tensor] = {}
+    whole: dict[str, list[torch.Tensor]] = {}  # of one system at a time: cells come system by system
     for done, (system, dim, precision) in enumerate(cells):
         if progress is not None:
             progress(f"{system} {dim} {precision}", done, len(cells))
-        whole = [torch.from_numpy(part) for part in prepared[system][:2]]
-        left, right = (normalize_rows(part[:, :dim]) for part in whole)
+        if system not in whole:
+            whole = {system: [normalize_rows(torch.from_numpy(part)) for part in prepared[system][:2]]}
+        left, right = (normalize_rows(torch.from_numpy(part[:, :dim])) for part in prepared[system][:2])
         row = {
             "system": system,
             "dim": dim,
@@ -324,7 +326,7 @@ def evaluate_vectors(
             if (system, dim) not in neighbours:
                 neighbours[system, dim] = search(right, left, k)[1].numpy()
             cell = _retrieval_cell(left, right, precision, task, k, neighbours[system, dim])
-            documents, queries = map(normalize_rows, whole)
+            documents, queries = whole[system]
             if system not in exact:
                 exact[system] = search(queries, documents, max(RECALL_DEPTHS))[1]
             rows.append(row | cell | float32_found(documents, queries, precision, dim, exact[system]))

@@ -115,8 +115,7 @@ class Index:
         width: D, needed only where `vectors` is an iterable without blocks.
         rotate: True (seed 0) or a seed multiplies vectors and queries by a random rotation, kept in the index, which
         leaves all dot products as they are and spreads what a few dimensions hold over all of them. That helps codes of
-        few bits where dimensions differ much. Those of all-MiniLM-L6-v2 hardly do: of 11,500 of its vectors, bits found
-        0.737 (mean of five seeds) of the ten best where they found 0.729 without; int4 0.934 and int8 0.993 both ways.
+        few bits where dimensions differ much; what it adds on real vectors stands in bench/results/recall/guide.md.
         source: a dict that JSON can hold, kept in the manifest as `Index.source`: where the vectors came from.
 
         Errors (InputError): NaN, infinity or values too large for float16 (row named), fewer than 100 vectors that are

@@ -3,16 +3,19 @@
 A shard is the folder of an `Index`, wherever it lies. A folder of shards holds them and shards.json, which names them
 in their order and is written last. Results are those of one index that holds the shards' rows one after another, in the
 order of score, then shard, then insertion number; also the candidates of rescoring are the best of all shards together.
+Float vectors without native kernels agree to rounding: a matrix product of another size sums in another order.
 Where codes of 8 or 4 bits have ranges of each shard's own, which `Shards.build` avoids, scores before rescoring are as
 exact as these codes are.
 """
 
 import os
+import re
 import shutil
+import sys
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
@@ -27,7 +30,7 @@ from leafkern.files import TEMPORARY, confined, make_folder, read_json, remove_l
 from leafkern.index import Index
 from leafkern.index.manifest import checked_rescore, query_fingerprint
 from leafkern.index.reader import Candidates, joined
-from leafkern.index.vectors import Rows, id_array
+from leafkern.index.vectors import Rows, check_distinct, id_array
 from leafkern.ops.quantization import CALIBRATION_ROWS
 
 __all__ = ["MissingShardWarning", "Shards", "open_index"]
@@ -35,6 +38,8 @@ __all__ = ["MissingShardWarning", "Shards", "open_index"]
 FORMAT = "leafkern-shards"
 VERSION = 1
 SHARDS = "shards.json"
+# The folders that `Shards.build` makes, and no other, are its own to remove.
+_OWN = re.compile(r"shard-[0-9a-f]{8}-[0-9]{5,}")
 # Each attempt to open shards that fails means that a writer has replaced all of them meanwhile.
 _ATTEMPTS = 8
 # What all shards must have in common for their scores and ids to be comparable.
@@ -79,7 +84,10 @@ class Shards:
         """The shards of the folder `where`, or those in a list of folders, each of which is an index.
 
         partial: where a shard can't be read, now or in a search, warn (MissingShardWarning) and go on with the others;
-        without it, and where none can be read, that is an error. The rest: what the caller expects, as in `Index.open`.
+        without it, and where none can be read, that is an error. Not all can be caught: codes are mapped into memory,
+        so where their file is cut short, or the disk fails, while they are read, the process ends (with
+        `integrations.ray.RayShards` only that shard's actor, which is started again). The rest: what the caller
+        expects, as in `Index.open`.
 
         Errors: InputError where no shards are, or where they differ in width, precisions, kind of ids, texts, encoder
         or prompt; DamagedFileError for a damaged file. Each names the folder.
@@ -107,8 +115,12 @@ class Shards:
         """Makes a folder of `shards` shards at `path`, in place of one that is there.
 
         Consecutive rows go to each, in equal numbers up to one. All other arguments are those of `Index.build`; ranges
-        None takes them from all vectors, for all shards (with `rotate`, each shard from its own). A kill leaves the
-        shards that were there before.
+        None takes them from all vectors, for all shards. With `rotate` each shard takes its own: before rescoring,
+        scores then differ from one index's by the codes' rounding, and int8 and int4 of fewer than 100 vectors a shard
+        want unit vectors. A kill leaves the shards that were there before.
+
+        ids None numbers all rows from 0. What is added to a shard later needs ids that no other shard has: `Index.add`
+        without ids counts on from that shard's own.
         """
         path = Path(path)
         existed = path.exists()
@@ -123,7 +135,6 @@ class Shards:
         make_folder(path)
         try:
             with writing(path), Rows(vectors, path, width, ranges) as rows:
-                _clean(path)
                 if not isinstance(shards, int) or isinstance(shards, bool) or not 1 <= shards <= max(1, rows.count):
                     raise InputError(
                         f"shards: expected an int from 1 to the number of vectors, {rows.count}; got {shards!r}"
@@ -134,12 +145,12 @@ class Shards:
                 ranged = {"int8", "int4"} & {precision, finer} and options.get("rotate", False) is False
                 if ranges is None and ranged and rows.count >= CALIBRATION_ROWS:
                     ranges = rows.ranges(precision)
-                parts = _Parts(rows.blocks())
+                _clean(path)
                 for number, (start, stop) in enumerate(even_parts(rows.count, shards)):
                     names.append(f"shard-{build}-{number:05}")
                     Index.build(
                         path / names[-1],
-                        parts.take(stop - start),
+                        rows.part(start, stop),
                         ids=np.arange(start, stop) if kept is None else kept[start:stop],
                         texts=None if texts is None else texts[start:stop],
                         precision=precision,
@@ -163,7 +174,7 @@ class Shards:
                 state = self._opened(folders)
                 if state.missing and shard_folders(self._where) != folders:
                     continue
-            except (InputError, DamagedFileError):
+            except (InputError, DamagedFileError, OSError):
                 # Shards that a writer has meanwhile put others in place of are gone.
                 if attempt == _ATTEMPTS - 1 or shard_folders(self._where) == folders:
                     raise
@@ -390,39 +401,27 @@ def warn_of_missing(missing: Mapping[Path, Exception | str], shards: int) -> Non
     """Says which shards results are without."""
     if missing:
         reasons = "; ".join(f"{folder}: {error}" for folder, error in missing.items())
+        # The line that called leafkern, however deep this is.
+        level, frame = 1, sys._getframe()
+        while frame.f_back is not None and frame.f_globals["__name__"].startswith("leafkern."):
+            level, frame = level + 1, frame.f_back
         warnings.warn(
             f"{len(missing)} of {shards} shards can't be read, results are without them: {reasons}",
             MissingShardWarning,
-            stacklevel=4,
+            stacklevel=level,
         )
-
-
-class _Parts:
-    """Consecutive blocks cut into parts of given sizes, one after another."""
-
-    def __init__(self, blocks: Iterator[torch.Tensor]):
-        self._blocks, self._rest = blocks, torch.empty(0)
-
-    def take(self, count: int) -> Iterator[torch.Tensor]:
-        while count:
-            if not len(self._rest):
-                self._rest = next(self._blocks)
-            part, self._rest = self._rest[:count], self._rest[count:]
-            count -= len(part)
-            yield part
 
 
 def _checked_ids(ids: object, count: int) -> np.ndarray:
     ids = id_array(ids)
     if len(ids) != count:
         raise InputError(f"ids: {len(ids)} for {count} vectors; expected one each")
-    if len(ids.unique()) != count:
-        raise InputError("ids: some are given more than once; expected different ones")
+    check_distinct(ids)
     return ids.to_numpy(zero_copy_only=False)
 
 
 def _is_part(name: str) -> bool:
-    return name == SHARDS or name.startswith(("shard-", TEMPORARY))
+    return name == SHARDS or name.startswith(TEMPORARY) or _OWN.fullmatch(name) is not None
 
 
 def _clean(path: Path) -> None:
@@ -432,8 +431,8 @@ def _clean(path: Path) -> None:
         named = {folder.name for folder in shard_folders(path)} if (path / SHARDS).exists() else set()
     except (DamagedFileError, InputError):
         return  # about to be replaced: until then, nothing of it is thrown away
-    for entry in path.glob("shard-*"):
-        if entry.name not in named:
+    for entry in path.iterdir():
+        if _OWN.fullmatch(entry.name) and entry.name not in named:
             shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -444,5 +443,7 @@ def _discard(path: Path, names: Sequence[str], existed: bool) -> None:
             return  # it had come into force
     for name in names:
         shutil.rmtree(path / name, ignore_errors=True)
-    if not existed and path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
+    if not existed:
+        # The lock: another process may have begun a build here, of which nothing shows yet.
+        with suppress(InputError, OSError), writing(path):
+            path.rmdir()

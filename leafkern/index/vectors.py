@@ -102,6 +102,10 @@ class Rows:
             return np.zeros((0, width), np.float32)
         return np.memmap(self._file, dtype=np.float32, mode="r", shape=(count, width))
 
+    def part(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop`, as they were given: nothing is copied."""
+        return self._values[start:stop]
+
     def blocks(self) -> Iterator[torch.Tensor]:
         """Consecutive rows, float32."""
         step = max(1, _BLOCK_VALUES // self.width)

@@ -15,7 +15,8 @@ no output.
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from leafkern import parquet
 from leafkern.bulk import documents
 from leafkern.console import described
 from leafkern.encode import Encoder
@@ -121,18 +123,15 @@ def build_shards(
     inputs: as in `encode_files`; a list may also name .jsonl and .txt files. id_field: field or column of the ids,
     which must differ across all files: this is not looked at; None numbers the rows of each file from 0, so that ids
     alone don't tell the file. prompt: the model's for documents where None. precision, rescore, ranges: as in
-    `Index.build`; without ranges each shard takes its own. texts: whether they are kept. The rest, and errors: as in
-    `encode_files`.
+    `Index.build`; without ranges each shard takes its own. texts: whether they are kept. A folder whose shards were
+    made by other means is refused. The rest, and errors: as in `encode_files`.
     """
     finer = checked_rescore(precision, rescore)
     ranges = None if ranges is None else np.asarray(ranges, np.float32)
     options = {"field": field, "id_field": id_field, "dim": dim, "prompt": prompt, "precision": precision}
     options |= {"rescore": finer, "texts": texts, "ranges": ranges}
     names = {file: file.name[: -len(suffix(file))] for file in _files(inputs, TEXT_FORMATS)}
-    output = Path(output)
-    finished = _run(_IndexShards, names, output, model, options, workers, cpus, gpus, progress)
-    write_shards(output, list(names.values()))
-    return finished
+    return _run(_IndexShards, names, Path(output), model, options, workers, cpus, gpus, progress)
 
 
 class RayShards:
@@ -223,7 +222,8 @@ class RayShards:
                 if not (self.partial and isinstance(error.cause, DamagedFileError | OSError)):
                     raise error.cause from None
                 missing |= dict.fromkeys(folders, error.cause)
-            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            except ray.exceptions.RayError as error:
+                # The actor died, was ended for its memory, lost its arguments, or took too long.
                 reason = str(error).splitlines()[0]
                 if not self.partial:
                     raise NoAnswerError(f"shards {', '.join(map(str, folders))}: {reason}") from None
@@ -291,6 +291,8 @@ def _run(
     _ray()
     from ray.data import ActorPoolStrategy, from_items
 
+    if worker is _IndexShards:
+        _check_listed(output)
     local = Path(model)
     model = str(local.resolve()) if local.exists() else str(model)
     make_folder(output / RECEIPTS)
@@ -317,13 +319,26 @@ def _run(
             done.append(result)
             progress("encoding", len(done), len(jobs))
         remove_leftovers(output)
-    failed = [result for result in done if result["error"]]
-    if failed:
-        kind = InputError if all(result["wrong"] for result in failed) else RuntimeError
-        more = f"; and {len(failed) - 8} more" if len(failed) > 8 else ""
-        reasons = "; ".join(result["error"] for result in sorted(failed, key=lambda result: result["input"])[:8])
-        raise kind(f"{len(failed)} of {len(jobs)} files failed, the others are done: {reasons}{more}")
+        failed = [result for result in done if result["error"]]
+        if failed:
+            kind = InputError if all(result["wrong"] for result in failed) else RuntimeError
+            more = f"; and {len(failed) - 8} more" if len(failed) > 8 else ""
+            reasons = "; ".join(result["error"] for result in sorted(failed, key=lambda result: result["input"])[:8])
+            raise kind(f"{len(failed)} of {len(jobs)} files failed, the others are done: {reasons}{more}")
+        if worker is _IndexShards:
+            write_shards(output, list(names.values()))
     return Finished(sum(r["rows"] for r in done), len(done), sum(bool(r["kept"]) for r in done))
+
+
+def _check_listed(output: Path) -> None:
+    """Refuses a folder of shards that were made by other means: a new list would leave them there unnamed."""
+    listed = []
+    if (output / SHARDS).exists():
+        with suppress(DamagedFileError):
+            listed = shard_folders(output)
+    foreign = [folder.name for folder in listed if not (output / RECEIPTS / f"{folder.name}.json").exists()]
+    if foreign:
+        raise InputError(f"output: {output} holds the shard {foreign[0]!r}, made by other means; choose another folder")
 
 
 class _Worker:
@@ -337,13 +352,11 @@ class _Worker:
         try:
             torch.set_num_threads(self._threads)
             rows, kept = self._file(Path(job["input"]), Path(job["output"]))
-        except (InputError, DamagedFileError, OSError, pa.ArrowException) as error:
-            wrong = isinstance(error, InputError | pa.ArrowException)
-            text = described(error)
-            if isinstance(error, pa.ArrowException):
-                text = f"not a readable parquet file ({str(error).splitlines()[0]})"
+        except Exception as error:  # whatever it is: the other files are to be done all the same
+            known = isinstance(error, InputError | DamagedFileError | OSError)
+            text = described(error) if known else f"{type(error).__name__}: {error}"
             where = "" if job["input"] in text or job["output"] in text else f"{job['input']}: "
-            return result | {"wrong": wrong, "error": where + text}
+            return result | {"wrong": isinstance(error, InputError), "error": where + text}
         return result | {"rows": rows, "kept": kept}
 
     @cached_property
@@ -393,13 +406,14 @@ class _VectorFiles(_Worker):
         options = self.options
         # Read once before anything is encoded, so that a bad row shows at once.
         rows = 0 if _is_empty(source) else sum(len(block.texts) for block in iter_texts(source, options["field"]))
-        file = pq.ParquetFile(source)
+        with parquet.reading(source):
+            file = pq.ParquetFile(source)
         if VECTOR in file.schema_arrow.names:
             raise InputError(f"{source}: has a column {VECTOR!r} already")
         kind = pa.list_(getattr(pa, options["precision"])(), self.encoder.dim)
         schema = file.schema_arrow.append(pa.field(VECTOR, kind))
         with atomic_file(target) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-            for batch in file.iter_batches(batch_size=BLOCK_ROWS):
+            for batch in _batches(file, source):
                 texts = batch.column(options["field"]).to_pylist()
                 vectors = self.encoder.encode(texts, prompt=options["prompt"], precision=options["precision"])
                 column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), self.encoder.dim)
@@ -434,7 +448,16 @@ class _IndexShards(_Worker):
 
 def _is_empty(source: Path) -> bool:
     """Whether a file has columns, but no rows, as other tools write them: nothing is wrong with it."""
-    return suffix(source) == ".parquet" and pq.read_metadata(source).num_rows == 0
+    if suffix(source) != ".parquet":
+        return False
+    with parquet.reading(source):
+        return pq.read_metadata(source).num_rows == 0
+
+
+def _batches(file: pq.ParquetFile, source: Path) -> Iterator[pa.RecordBatch]:
+    # Around reading alone: what is wrong while a batch is written is no fault of this file.
+    with parquet.reading(source):
+        yield from file.iter_batches(batch_size=BLOCK_ROWS)
 
 
 def _files(inputs: Inputs, formats: tuple[str, ...]) -> list[Path]:

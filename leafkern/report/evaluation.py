@@ -201,7 +201,8 @@ def sections(result: Mapping) -> list[Section]:
             "shows what codes and width lose together, and “rescored” what is left of that after the best "
             f"{OVERSAMPLE}·k have been scored again by float16 vectors of full width. “A, rescored B” scans codes A "
             "and scores the best candidates again with B; its bytes count both. “binary, asymmetric” compares bits "
-            "with 7-bit queries; as a system, “asymmetric” means documents by the teacher, queries by the student. "
+            "with 7-bit queries, and so does “binary, rescored B”, while “binary” and what is rescored of it compares "
+            "bits with bits; as a system, “asymmetric” means documents by the teacher, queries by the student. "
             "Shorter widths are prefixes of the vectors, normalised again."
         )
     else:

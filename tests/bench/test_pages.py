@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +62,35 @@ def test_recall_is_measured_and_the_guide_follows_it(module, tmp_path, monkeypat
     assert recall.main(["--page", "--output", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "guide.md").read_text() == guide
     assert recall.main(["--page", "--output", str(tmp_path / "none")]) == 2
+    assert "Vectors of all-MiniLM-L6-v2" in guide
+    assert f"after {recall.ROTATIONS} random rotations" in " ".join(guide.split())
+    assert "SciFact was not on the machine" in " ".join(guide.split())
+    assert "commit 0123456789ab-changed," in page.guide(document | {"commit": "0123456789abcdef-changed"}, {})
+    assert "Vectors of mine," in " ".join(page.guide(document | {"model": "mine"}, {}).split())
 
 
-def test_a_rotation_is_orthogonal(module):
-    matrix = module("recall").rotation(17, 3).double()
-    np.testing.assert_allclose(matrix @ matrix.T, np.eye(17), atol=1e-5)
-    assert not np.allclose(matrix, module("recall").rotation(17, 4))
+def test_the_guide_s_speeds_are_ratios_of_one_run(module):
+    page, figures = module("recall_page"), module("figures")
+
+    def measured(**seconds):
+        rows = {
+            name: {"ours": name == "leafkern", "p50_s": time, "shape": {"N": 2_000_000, "D": 384}}
+            for name, time in seconds.items()
+        }
+        document = {"date": "2026-01-02", "commit": None, "machine": {"cpu": "c", "threads": 2, "gpu": None}}
+        return figures.Measured(rows, {}, document)
+
+    speeds = {
+        "float32/Q1": measured(leafkern=1.0),
+        "int8/Q1": measured(leafkern=0.5, **{page.FLOAT32: 2.0}),
+        "int4/Q1": measured(leafkern=0.5),  # without float32 beside it
+        "rescored/Q1": measured(leafkern=0.6, **{page.BITS_ALONE: 0.4}),
+    }
+    assert [page._faster(speeds, case, 1) for case in ("float32", "int8", "int4", "binary")] == [1.0, 4.0, None, None]
+    said = page.cost_of_rescoring(speeds)
+    assert "Of 2 million × 384 bits" in said
+    assert "took 1.50 × for Q = 1 the time of bits alone" in said
+    assert page.cost_of_rescoring({}) == ""
 
 
 def test_collections_and_their_vectors(module, tmp_path, monkeypatch, tiny_bert):
@@ -118,6 +142,8 @@ def search_document(seconds, date="2026-01-02", cpu="here"):
 @pytest.fixture
 def results(tmp_path):
     (tmp_path / "cpu").mkdir()
+    small = search_document({"int8/Q1": 9.0, "binary/Q1": 9.0}, date="2026-01-04") | {"size": "small"}
+    (tmp_path / "cpu" / "search-small.json").write_text(json.dumps(small))
     first = search_document({"int8/Q1": 0.5, "int8/Q1000": 2.0, "asymmetric/Q1": 0.004}, cpu="old")
     (tmp_path / "cpu" / "search.json").write_text(json.dumps(first))
     second = search_document({"int8/Q1": 0.012}, date="2026-01-03")
@@ -132,6 +158,7 @@ def test_a_case_measured_twice_is_the_later_one(module, results):
     assert cases["asymmetric/Q1"].seconds == 0.004
     assert cases["asymmetric/Q1"].faster_than("FAISS") == pytest.approx(3)
     assert cases["asymmetric/Q1"].faster_than("USearch") is None
+    assert "binary/Q1" not in cases  # a small run's
     assert module("figures").cases(results / "none", "search") == {}
 
 
@@ -148,6 +175,43 @@ def test_targets_by_hand(module, results):
     page = (results / "page.md").read_text()
     assert "| int8/Q1 | of read bandwidth | ≥ 80.0 % | 64.0 % | missed |" in page
     assert targets.main(["--results", str(results / "none")]) == 2
+    assert "1 million × 384" in page
+
+
+def test_more_targets_by_hand(module):
+    targets, figures = module("targets"), module("figures")
+
+    def measured(rows, **ceilings):
+        given = {name: {"ours": name == "leafkern"} | row for name, row in rows.items()}
+        document = {"date": "2026-01-02", "commit": "c", "machine": {"cpu": "here", "threads": 2, "gpu": None}}
+        return figures.Measured(given, ceilings, document)
+
+    gpu = {"leafkern": {"p50_s": 1.0, "bytes": 9e12, "operations": 8e14}, "torch matmul + topk (float16)": {"p50_s": 3}}
+    several = {"leafkern": {"p50_s": 1.0, "bytes": 1.0}, "USearch exact": {"p50_s": 9}, "NumKong": {"p50_s": 2.5}}
+    found = {
+        ("cpu", "search"): {
+            "int8/Q1": measured(several, read=10.0),
+            "int8/Q32/k100": measured({"leafkern": {"p50_s": 1.2}, "leafkern, k = 10": {"p50_s": 1.0}}),
+        },
+        ("cpu", "quantization"): {"int8": measured({"leafkern": {"p50_s": 1, "percent_of_limit": 55.0}})},
+        ("cpu", "index"): {
+            "open": measured({"leafkern": {"p50_s": 0.02, "peak_bytes": 10, "shape": {"bytes": 500}}}),
+        },
+        ("h200", "search"): {"int8/Q1": measured(gpu, copy=1e13), "int8/Q1000": measured(gpu, int8_gemm=1e15)},
+    }
+    lines = {(line[0], line[1]): line[3:] for line in (target.line(found) for target in targets._targets())}
+    assert lines["int8/Q1", "the best of FAISS, USearch, NumKong"] == ["2.5 ×", "reached"]  # the fastest, not the first
+    assert lines["int8/Q32/k100", "slower than k = 10 by"] == ["20.0 %", "missed"]
+    assert lines["quantise int8", "of copy bandwidth"] == ["55.0 %", "reached"]
+    assert lines["open 10 GB", "milliseconds"] == ["20 ms", "reached"]
+    assert lines["open 10 GB", "resident memory, of its size"] == ["2.0 %", "missed"]
+    assert lines["H200, int8/Q1", "of copy bandwidth"] == ["90.0 %", "reached"]
+    assert lines["H200, int8/Q1000", "of the int8 product's peak"] == ["80.0 %", "reached"]
+    assert lines["H200, int8/Q1000", "fp16 torch matmul + topk"] == ["3 ×", "reached"]
+    one = {"width": 64, "grid": [{"precision": "binary@8", "dim": 64, "found_10": 0.8, "found_10_rescored": 0.9}]}
+    for collection, said in ((one, "0.800"), (one | {"width": 384}, "not measured")):
+        target = next(target for target in targets._targets() if target.what.startswith("recall@10"))
+        assert target.line({"recall": {"collections": {"docstrings": collection}}})[3] == said
 
 
 def test_billion_by_hand(module, results):
@@ -158,6 +222,9 @@ def test_billion_by_hand(module, results):
     assert "| int8 | 1 | 16 | 1 s | 250 ms | 62.5 ms | 16 |" in page
     assert "| int8 | 256 GB | 2 | 3 |" in page  # 256 GB in machines of 0.85·256, GPUs of 0.85·141
     assert "left no figures here yet" in page
+    # A candidate: two scores, row, id; 4·10 of them, from each of ceil(1024 / (0.85·256)) = 5 machines.
+    assert "sends 960 bytes a query for k = 10" in page
+    assert "over 5 shards\n4.8 MB" in page or "over 5 shards 4.8 MB" in page
     (results / "h200").mkdir()
     gpu = search_document({"int8/Q1": 0.0001}, cpu="x")
     gpu["machine"]["gpu"] = {"name": "NVIDIA H200"}
@@ -166,6 +233,13 @@ def test_billion_by_hand(module, results):
     # 0.1 ms: 66.7 ms for the billion, over the three GPUs that hold 256 GB.
     assert "| int8 | 1 | 3 | 22.2 ms | 45 |" in (results / "billion.md").read_text()
     assert billion.main(["--results", str(results / "none")]) == 2
+
+
+def test_figures_that_the_readme_names_are_there():
+    for readme, base in ((ROOT / "README.md", ROOT), (ROOT / "bench" / "README.md", ROOT / "bench")):
+        links = re.findall(r"\]\(((?:bench/)?results/[^)#]+)", readme.read_text())
+        assert links
+        assert [link for link in links if not (base / link).is_file()] == []
 
 
 @pytest.mark.parametrize("name", ["recall/guide.md", "billion.md", "search.md"])

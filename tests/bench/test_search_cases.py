@@ -95,3 +95,65 @@ def test_quantisation_is_checked_against_the_definition(bench_search, monkeypatc
         assert case.work.bytes == 300 * (4 * 384 + written)
         peer = case.contestants[-1]
         assert "codes differ" in peer.check(np.flip(peer.run(0), 0).copy(), 0)
+
+
+def test_numkong_s_scores_are_checked_in_every_block(bench_search):
+    """By a stand-in that writes to the memory given, as NumKong does."""
+    peers = bench_search.peers_of
+    wrong = set()  # first numbers of the queries of a block
+
+    def dots(queries, part, out=None):
+        scores = queries.astype(np.int64) @ part.T
+        if queries[0, 0] in wrong:
+            scores = scores + 1
+        if out is None:
+            return scores
+        out[:] = scores
+        return out
+
+    class NumKong:
+        zeros = staticmethod(lambda shape, dtype: np.zeros(shape, np.int64))
+
+    generator = np.random.default_rng()
+    bases = [[generator.integers(-9, 9, (30, 8)) for _ in range(2)] for _ in range(2)]
+    queries = [np.column_stack([np.arange(600) // 200, generator.integers(-9, 9, (600, 7))]) for _ in range(2)]
+
+    def scores(i):
+        return torch.from_numpy(queries[i][peers.sample(600)] @ np.concatenate(bases[i]).T)
+
+    one = peers._scores_only("x", dots, NumKong, bases, queries, "int32", 600, scores)
+    assert one.check(one.run(0), 0) is None
+    assert one.check(one.run(1), 1) is None
+    for block in (0, 1, 2):
+        wrong.clear()
+        wrong.add(block)
+        assert one.check(one.run(0), 0) == "scores differ"
+
+
+def test_a_refinement_is_held_to_both_its_stages(bench_search):
+    wrong = importlib.import_module("bench.search_data").wrong_refinement
+    coarse = torch.tensor([[8.0, 7, 6, 5, 4.001, 4, 1, 0]])  # the best 4, and maybe the fifth and sixth
+    fine = torch.tensor([[1.0, 4, 2, 3, 9, 0, 9, 9]])
+    for ids, said in (
+        ([1, 3], None),
+        ([4, 1], None),
+        ([0, 2], "a better candidate is left out"),
+        ([1, 6], "an id that the first stage does not choose"),
+        ([1, 1], "an id twice in one row"),
+        ([1, -1], "an id outside the base"),
+    ):
+        assert wrong(np.array([ids]), coarse, fine, 2, 2, 0.14) == said
+
+
+def test_rescored_scans_several_bases_with_bits_alone_beside_it(bench_search):
+    case = bench_search._case("rescored", 400, 5, "cpu", True)
+    names = [contestant.name for contestant in case.contestants]
+    assert {bench_search.BITS_ALONE, bench_search.FLOAT32} <= set(names)
+    assert case.sets == bench_search.BINARY_BASES
+    bases = bench_search._bases("rescored", 400, "cpu")
+    assert len({base.codes.data_ptr() for base in bases}) == case.sets
+    assert all(torch.equal(base.codes, bases[0].codes) for base in bases)
+    for contestant in case.contestants:
+        if contestant.name.startswith("leafkern"):
+            for i in range(case.sets):
+                assert contestant.check(contestant.run(i), i) is None

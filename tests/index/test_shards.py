@@ -1,5 +1,6 @@
 """Shards: what one index of the same rows gives, whatever the split; strict about what is missing."""
 
+import contextlib
 import json
 import shutil
 import warnings
@@ -126,8 +127,11 @@ def test_a_missing_shard_is_named(parts):
     shutil.move(folders[2], folders[2].with_name("gone"))
     with pytest.raises(InputError, match=r"part60: no index here"):
         Shards.open(folders)
-    with pytest.warns(MissingShardWarning, match=r"1 of 4 shards can't be read.*part60: no index here"):
+    with pytest.warns(MissingShardWarning, match=r"1 of 4 shards can't be read.*part60: no index here") as caught:
         shards = Shards.open(folders, partial=True)
+    with pytest.warns(MissingShardWarning, match="part60") as again:
+        shards.refresh()
+    assert [caught[0].filename, again[0].filename] == [__file__] * 2  # the caller's line, not leafkern's
     assert list(shards.missing) == [folders[2]]
     one.remove([f"d{i}" for i in range(60, 90)])
     same(shards.search(queries, 90), one.search(queries, 90))
@@ -154,8 +158,9 @@ def test_a_shard_damaged_after_opening(parts, monkeypatch):
     monkeypatch.setattr(Index, "candidates", failing)
     with pytest.raises(DamagedFileError, match="part30: damaged"):
         strict.search(queries, 3)
-    with pytest.warns(MissingShardWarning, match="1 of 4 shards can't be read.*part30: damaged"):
+    with pytest.warns(MissingShardWarning, match="1 of 4 shards can't be read.*part30: damaged") as caught:
         _, ids = partial.search(queries, 90)
+    assert caught[0].filename == __file__
     assert set(ids[0]) == {f"d{i}" for i in range(120) if not 30 <= i < 60}
     with pytest.raises(InputError, match="k: expected an int >= 1"):
         partial.search(queries, 0)
@@ -218,7 +223,7 @@ def test_build_in_place_of_another(tmp_path):
         ({"shards": 0}, "shards: expected an int from 1 to the number of vectors, 50; got 0"),
         ({"shards": 51}, "shards: .* got 51"),
         ({"shards": True}, "shards: .* got True"),
-        ({"ids": [0] * 50}, "ids: some are given more than once"),
+        ({"ids": [0] * 50}, "ids: 0 is given more than once"),
         ({"ids": [0]}, "ids: 1 for 50 vectors"),
         ({"texts": ["a"]}, "texts: 1 for 50 vectors"),
         ({"precision": "int9"}, "precision: unknown name 'int9'"),
@@ -246,11 +251,43 @@ def test_build_leaves_other_folders_alone(tmp_path):
     with pytest.raises(InputError, match="is a file"):
         Shards.build(tmp_path / "notes" / "a.txt", unit(9), shards=2)
     (tmp_path / "notes" / "a.txt").unlink()
+    for name in ("shard-notes", "shard-00000", "shard-0badcafe-00000.bak"):
+        (tmp_path / "notes" / name).mkdir()
+        for count in (0, 2):
+            with pytest.raises(InputError, match=rf"holds '{name}', which is no shard"):
+                Shards.build(tmp_path / "notes", unit(9), shards=count)
+        (tmp_path / "notes" / name).rmdir()
     with files.writing(tmp_path / "notes"), pytest.raises(InputError, match="another process is writing"):
         Shards.build(tmp_path / "notes", unit(9), shards=2)
 
 
+def test_a_refused_build_removes_nothing(tmp_path):
+    leftover = tmp_path / "s" / "shard-0badcafe-00000"  # of a killed build, or a user's by chance
+    leftover.mkdir(parents=True)
+    with pytest.raises(InputError, match="shards: expected"):
+        Shards.build(tmp_path / "s", unit(9), shards=0)
+    assert leftover.exists()
+    Shards.build(tmp_path / "s", unit(9), shards=2)
+    assert not leftover.exists()
+
+
+def test_a_failed_build_leaves_a_folder_that_another_took(tmp_path, monkeypatch):
+    folder = tmp_path / "s"
+    make_folder = files.make_folder
+
+    def taken(path):
+        make_folder(path)
+        holder.enter_context(files.writing(path))  # another process comes first, and has written nothing yet
+
+    monkeypatch.setattr("leafkern.index.shards.make_folder", taken)
+    with contextlib.ExitStack() as holder:
+        with pytest.raises(InputError, match="another process is writing"):
+            Shards.build(folder, unit(9), shards=2)
+        assert folder.is_dir()
+
+
 def test_a_crash_at_any_step_leaves_the_old_or_the_new(tmp_path, monkeypatch):
+    """At any step that `files` announces; old shards go after them, by `rmtree`, when nothing names them any more."""
     old, new = unit(6, 3), unit(8, 3)
     folder = tmp_path / "s"
     options = {"precision": "float32", "rescore": None}
@@ -349,13 +386,15 @@ def test_shards_replaced_while_they_are_opened(tmp_path, monkeypatch):
     folder, x, y = tmp_path / "s", unit(9), unit(8)
     options = {"shards": 2, "precision": "float32", "rescore": None}
     opened, open_one = Shards.build(folder, x, **options), Index.open
-    for partial in (False, True):
-        replace = [True]
+    for partial, error in ((False, None), (True, None), (False, FileNotFoundError("manifest.json"))):
+        replace = [error]
 
         def replacing(path, replace=replace):
             if replace:
-                replace.clear()
+                error = replace.pop()
                 Shards.build(folder, y, **options)
+                if error:  # the manifest vanished after it had been seen
+                    raise error
             return open_one(path)
 
         with monkeypatch.context() as patch, warnings.catch_warnings():

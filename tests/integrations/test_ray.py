@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from leafkern import Encoder, Index, Shards
 from leafkern.errors import DamagedFileError, InputError
@@ -49,6 +51,11 @@ def inputs(tmp_path):
 @pytest.fixture(scope="module")
 def encoder(tiny_bert):
     return Encoder.from_pretrained(tiny_bert, device="cpu")
+
+
+def unit(n, d=24):
+    x = np.random.default_rng().normal(size=(n, d)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def worker(kind, model, options):
@@ -148,7 +155,130 @@ def test_a_model_that_is_missing_is_said_once_per_file(inputs, tmp_path):
     assert "no-model" in result["error"]
 
 
+def test_any_other_error_is_one_file_s(tiny_bert, inputs, tmp_path, monkeypatch):
+    task = job(inputs, tmp_path / "out", 0)
+    found = worker(ours._VectorFiles, tiny_bert, VECTORS)
+
+    def failing(error):
+        def write_batch(*_):
+            raise error
+
+        return write_batch
+
+    for error in (pa.ArrowInvalid("no space"), RuntimeError("out of memory")):
+        with monkeypatch.context() as patch:
+            patch.setattr(pq.ParquetWriter, "write_batch", failing(error))
+            result = found(task)
+        assert not result["wrong"]
+        assert result["error"] == f"{task['input']}: {type(error).__name__}: {error}"
+    twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, task["input"])
+    assert task["input"] in found(task)["error"]
+    assert os.listdir(tmp_path / "out") == [ours.RECEIPTS]
+
+
+class LocalRay:
+    """What `RayShards` takes of Ray, in this process. broken: actor number -> what its calls raise."""
+
+    class exceptions:
+        RayError = type("RayError", (Exception,), {})
+        RayTaskError = type("RayTaskError", (RayError,), {})
+        GetTimeoutError = type("GetTimeoutError", (RayError,), {})
+        OutOfMemoryError = type("OutOfMemoryError", (RayError,), {})
+
+    def __init__(self):
+        self.actors, self.broken = [], {}
+
+    def remote(self, kind):
+        return types.SimpleNamespace(options=lambda **_: types.SimpleNamespace(remote=lambda *a: self.actor(kind(*a))))
+
+    def actor(self, actual):
+        number = len(self.actors)
+
+        def method(name):
+            return types.SimpleNamespace(remote=lambda *arguments: lambda: self.call(number, actual, name, arguments))
+
+        self.actors.append(types.SimpleNamespace(search=method("search"), refresh=method("refresh")))
+        return self.actors[-1]
+
+    def wait(self, calls, num_returns, timeout):
+        return calls, []
+
+    def put(self, value):
+        return value
+
+    def kill(self, actor):
+        self.actors.remove(actor)
+
+    def get(self, call):
+        return call()
+
+    def call(self, number, actual, name, arguments):
+        try:
+            if number in self.broken:
+                raise self.broken[number]
+            return getattr(actual, name)(*arguments)
+        except (InputError, DamagedFileError) as cause:
+            error = self.exceptions.RayTaskError()
+            error.cause = cause
+            raise error from cause
+
+
+@pytest.fixture
+def local_ray(monkeypatch):
+    ray, threads = LocalRay(), torch.get_num_threads()
+    monkeypatch.setattr(ours, "_ray", lambda: ray)
+    yield ray
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+def test_actors_together_give_what_shards_give(local_ray, tmp_path, precision):
+    x = np.repeat(unit(40), 3, axis=0)  # equal scores within actors and across them
+    whole = Shards.build(tmp_path / "s", x, shards=5, ids=[f"d{i}" for i in range(120)], precision=precision)
+    for workers in (1, 2, 5, 9):
+        with ours.RayShards(tmp_path / "s", workers=workers) as shards:
+            assert (len(shards), len(local_ray.actors)) == (120, min(workers, 5))
+            for k, oversample in ((1, 1), (7, 2), (200, 4)):
+                found = shards.search(x[:4], k, oversample=oversample)
+                for mine, expected in zip(found, whole.search(x[:4], k, oversample=oversample)):
+                    np.testing.assert_array_equal(mine, expected)
+        assert local_ray.actors == []
+    with pytest.raises(InputError, match="k: expected an int >= 1"), ours.RayShards(tmp_path / "s") as shards:
+        shards.search(x, 0)
+
+
+def test_an_actor_that_gives_no_answer(local_ray, tmp_path):
+    x = unit(40)
+    Shards.build(tmp_path / "s", x, shards=4)
+    rest = Shards.open(shard_folders(tmp_path / "s")[2:])
+    with ours.RayShards(tmp_path / "s", workers=2) as shards:
+        local_ray.broken = {0: local_ray.exceptions.OutOfMemoryError("ended for its memory\nmore")}
+        with pytest.raises(ours.NoAnswerError, match=r"shards .*-00000, .*-00001: ended for its memory$"):
+            shards.search(x, 3)
+        shards.partial = True
+        for error in (*local_ray.broken.values(), DamagedFileError("cut short")):
+            local_ray.broken = {0: error}
+            with pytest.warns(MissingShardWarning, match="2 of 4 shards can't be read") as caught:
+                found = shards.search(x, 3)
+            assert caught[0].filename == __file__
+            np.testing.assert_array_equal(found[1], rest.search(x, 3)[1])
+        local_ray.broken = dict.fromkeys(range(2), local_ray.exceptions.OutOfMemoryError("both"))
+        with pytest.raises(ours.NoAnswerError, match="none of 4 shards can be searched"):
+            shards.search(x, 3)
+
+
+def test_shards_made_by_other_means_are_not_orphaned(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(ours, "_ray", lambda: None)
+    Shards.build(tmp_path / "s", unit(9), shards=2)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=r"holds the shard 'shard-.*-00000', made by other means"):
+        ours.build_shards("model", inputs, tmp_path / "s")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_wrong_arguments(inputs, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
     out, other = tmp_path / "out", tmp_path / "other"
     other.mkdir()
     write(other, 0, 1)
@@ -298,11 +428,6 @@ def test_shards_after_the_loss_of_the_job_and_of_a_worker(cluster, tiny_bert, en
     found, ids = shards.search(encoder.encode(texts_of(2, 5)), 1)
     np.testing.assert_allclose(found, 1, atol=1e-3)
     assert ids[:, 0].tolist() == [f"2-{row}" for row in range(5)]
-
-
-def unit(n, d=24):
-    x = np.random.default_rng().normal(size=(n, d)).astype(np.float32)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def slow_down(actor, seconds):
