@@ -172,7 +172,7 @@ def index_build(
     """Make an index of vectors (.npy, .safetensors, .parquet, FAISS's flat .faiss) or, with --model, of texts.
 
     It appears, whole, when all is done, in place of one that stood there. Ids come from --ids-field (.jsonl, .parquet),
-    from the .faiss file, or from INPUT.ids.npy or INPUT.ids.json beside the vectors, as `index export` writes them.
+    from the .faiss file, or from docs.npy.ids.npy or docs.npy.ids.json beside docs.npy, as `index export` writes them.
 
     Example: `leafkern index build my-index docs.jsonl --model my-model --field body --ids-field id`
 
@@ -303,7 +303,7 @@ def index_export(
     """Write the vectors of an index to a file, decoded from its finest codes, in order of insertion.
 
     .parquet gets columns id, vector and text. .faiss is an IndexFlatIP, with ubinary an IndexBinaryFlat, in an
-    IndexIDMap where the ids are not 0, 1, 2, ... Other ids go beside OUT: docs.ids.npy or docs.ids.json.
+    IndexIDMap where the ids are not 0, 1, 2, ... Other ids go beside OUT: docs.npy.ids.npy or docs.npy.ids.json.
 
     Example: `leafkern index export my-index docs.parquet`
     """

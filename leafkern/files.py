@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,10 +33,6 @@ def on_step(step: str, path: Path) -> None:
     """Called before each "write", "fsync", "rename", "fsync-folder", "remove"; tests replace it to inject crashes."""
 
 
-def _step(step: str, path: Path) -> None:
-    on_step(step, path)
-
-
 def existing(path: str | os.PathLike) -> Path:
     """`path`, if it is a file."""
     path = Path(path)
@@ -49,7 +45,7 @@ def existing(path: str | os.PathLike) -> Path:
 
 def fsync_file(path: Path) -> None:
     """Makes a file durable, and readable by whom the umask at import lets (safetensors asks for the owner alone)."""
-    _step("fsync", path)
+    on_step("fsync", path)
     path.chmod(0o666 & ~_UMASK)
     # Windows syncs only what is open for writing.
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -61,7 +57,7 @@ def fsync_file(path: Path) -> None:
 
 def fsync_folder(path: Path) -> None:
     """Makes a rename inside `path` durable (a no-op where folders can't be opened, as on Windows)."""
-    _step("fsync-folder", path)
+    on_step("fsync-folder", path)
     if os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -111,17 +107,22 @@ def _exchange(one: Path, other: Path) -> bool:
     return swap(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
+def rename(source: Path, target: Path) -> None:
+    """Puts `source` in the place of `target`, in one step."""
+    on_step("rename", target)
+    os.replace(source, target)
+
+
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it replaces `path`, on any error it is removed."""
     path = Path(path)
     temporary = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"
     try:
-        _step("write", temporary)
+        on_step("write", temporary)
         yield temporary
         fsync_file(temporary)
-        _step("rename", path)
-        os.replace(temporary, path)
+        rename(temporary, path)
         fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -139,7 +140,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"
     aside = path.parent / f"{TEMPORARY}{path.name}-old-{uuid.uuid4().hex[:8]}"
     try:
-        _step("write", temporary)
+        on_step("write", temporary)
         temporary.mkdir()
         yield temporary
         for entry in sorted(temporary.rglob("*")):
@@ -148,11 +149,11 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             elif entry.is_dir():
                 fsync_folder(entry)
         fsync_folder(temporary)
-        _step("rename", path)
+        on_step("rename", path)
         if not _exchange(temporary, path):
             if path.exists():
                 os.replace(path, aside)
-                _step("rename", path)
+                on_step("rename", path)
             os.replace(temporary, path)
         fsync_folder(path.parent)
     except BaseException:
@@ -189,11 +190,9 @@ def confined(folder: str | os.PathLike, name: str) -> Path:
     return path
 
 
-def remove_leftovers(folder: str | os.PathLike, keep: Callable[[str], bool] = lambda name: False) -> None:
+def remove_leftovers(folder: str | os.PathLike) -> None:
     """Removes what a killed writer left under temporary names in `folder`."""
     for entry in Path(folder).glob(f"{TEMPORARY}*"):
-        if keep(entry.name):
-            continue
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
@@ -202,6 +201,6 @@ def remove_leftovers(folder: str | os.PathLike, keep: Callable[[str], bool] = la
 
 def remove_file(path: Path) -> None:
     """Removes a file that nothing needs any more."""
-    _step("remove", path)
+    on_step("remove", path)
     with suppress(PermissionError):  # Windows keeps a file that is still open; the next writer removes it
         path.unlink(missing_ok=True)

@@ -52,6 +52,7 @@ class Index:
 
     A handle shows the index as it was when it was opened, changed through this handle, or refreshed. Any number of
     threads may read through it beside one that writes. Row numbers are insertion numbers: they stay until `compact`.
+    What belongs together, as `search_rows` and `texts_at`, is asked of one `pinned` handle where others may change it.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -265,6 +266,12 @@ class Index:
             before = self._state
             self._state = Snapshot.open(self.path, before)
             return self._state.manifest["revision"] != before.manifest["revision"]
+
+    def pinned(self) -> "Index":
+        """A handle that shows what this one shows now, also after this one has changed or was refreshed."""
+        index = type(self).__new__(type(self))
+        index._set_up(self.path, self._state)
+        return index
 
     # -- reading -------------------------------------------------------------------------------------------------
 
