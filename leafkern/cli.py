@@ -268,10 +268,11 @@ def index_remove(
 
 
 def _integer(identity: str) -> int:
-    try:
-        return int(identity)
-    except ValueError:
-        raise InputError(f"ID: {identity!r} is no whole number, as the ids of this index are") from None
+    import re
+
+    if not re.fullmatch("-?[0-9]{1,20}", identity):
+        raise InputError(f"ID: {identity!r:.80} is no whole number, as the ids of this index are")
+    return int(identity)
 
 
 @index_app.command("compact")

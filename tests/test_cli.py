@@ -341,6 +341,8 @@ def test_remove_and_compact(run, tmp_path):
     ]
     fails(run("index", "remove", named, "n0", "n1"), 2, "ids: 'n1' is not in the index")
     fails(run("index", "remove", numbered, "seven"), 2, "ID: 'seven' is no whole number")
+    for other in ("1_0", " 7 ", "٣", "9" * 5000):
+        fails(run("index", "remove", numbered, other), 2, "is no whole number")
     fails(run("index", "remove", numbered), 2, "ID")
     assert len(Index.open(named)) == 9
     code, out, err = run("index", "compact", named)

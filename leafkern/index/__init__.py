@@ -35,7 +35,7 @@ from leafkern.index.manifest import (
 from leafkern.index.reader import Candidates, Snapshot, levels_of
 from leafkern.index.segment import Column
 from leafkern.index.vectors import Rows, checked_source, checked_texts, float32, matrix, random_rotation
-from leafkern.textio import check_finite
+from leafkern.textio import check_finite, is_unicode
 
 __all__ = ["PRECISIONS", "RESCORE_PRECISIONS", "ClippedWarning", "Index"]
 
@@ -127,6 +127,8 @@ class Index:
         path = Path(path)
         if not isinstance(rotate, int) or rotate < 0:
             raise InputError(f"rotate: expected True, False or a seed >= 0, got {rotate!r}")
+        if prompt is not None and not (isinstance(prompt, str) and is_unicode(prompt)):
+            raise InputError(f"prompt: expected the text put before each document, or None; got {prompt!r:.80}")
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -156,6 +158,8 @@ class Index:
         try:
             make_folder(path)
             with Rows(vectors, path, width, ranges) as rows:
+                if width not in (None, rows.width):
+                    raise InputError(f"width: {width!r}, but the vectors have width {rows.width}; leave it out")
                 manifest["width"] = rows.width
                 texts = index._checked_new(rows, texts)
                 index._check_ranges(rows, ranges, rotate)
@@ -435,7 +439,8 @@ class Index:
     def remove(self, ids: object) -> int:
         """Removes the vectors of `ids`, each of which must be in the index; how many were removed.
 
-        They are marked and found no more; what they take on disk is freed by `compact`.
+        They are marked and found no more; what they take on disk is freed by `compact`. An index without any vector
+        left is as one built empty: what is added next sets the ranges of its int8 or int4 codes, and the kind of ids.
         """
         state = self._state
         hits = writer.find(state, ids)

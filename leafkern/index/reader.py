@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from leafkern.errors import DamagedFileError, InputError
 from leafkern.files import confined
 from leafkern.index import segment as segments
-from leafkern.index.manifest import code_dtype, live, read_manifest
+from leafkern.index.manifest import LARGEST_ID, MANIFEST, checksum, code_dtype, live, read_manifest
 from leafkern.index.vectors import rotated
 from leafkern.ops import Quantized, dequantize, search
 from leafkern.ops.quantization import code_width
@@ -319,6 +320,13 @@ class Snapshot:
         ids = [part.live_ids() for part in self.segments]
         if ids and len(pa.chunked_array(ids).unique()) != self.manifest["count"]:
             raise DamagedFileError(f"{self.folder}: some ids occur twice")
+        file, manifest = self.folder / MANIFEST, self.manifest
+        if manifest["ids"] == "int64":
+            highest = max(pc.max(part.ids()).as_py() for part in self.segments)
+            if min(highest, LARGEST_ID - 1) >= manifest["next_id"]:
+                raise DamagedFileError(f"{file}: next_id {manifest['next_id']}, but there is an id {highest}")
+        if manifest.get("sha256", checksum(manifest)) != checksum(manifest):  # earlier versions wrote none
+            raise DamagedFileError(f"{file}: damaged: SHA-256 {checksum(manifest)}, it says {manifest['sha256']}")
 
 
 class Candidates(NamedTuple):

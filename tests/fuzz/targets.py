@@ -37,6 +37,11 @@ def make_indexes(folder: Path) -> list[Path]:
     index = Index.build(folder / "integers", x, precision="ubinary", rescore="int8", rotate=True)
     index.remove([0, 7, 8])
     Index.build(folder / "empty", x[:0])
+    for name in ("strings", "integers", "empty"):  # without their checksum, so that what they say is judged
+        file = folder / name / "manifest.json"
+        manifest = json.loads(file.read_bytes())
+        del manifest["sha256"]
+        file.write_text(json.dumps(manifest))
     return [folder / name for name in ("strings", "integers", "empty")]
 
 

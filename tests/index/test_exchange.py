@@ -350,7 +350,7 @@ def test_export_shows_one_state(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", [".npy", ".parquet", ".faiss"])
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_crash_leaves_the_files_of_before(tmp_path, kind, ids, killed, monkeypatch):
-    """At every step: the file of before or the new one, each with its own ids. A kill may leave a file that is refused."""
+    """At every step: the file of before or the new one, each with its own ids; of a killed export perhaps a refusal."""
     path = tmp_path / f"v{kind}"
     first = removed(tmp_path / "i")[0]
     second = Index.build(tmp_path / "j", unit(60)) if ids == "plain" else removed(tmp_path / "j", ids=ids, rows=60)[0]

@@ -354,6 +354,52 @@ def test_damaged_manifests(tmp_path, change, error, message):
         Index.open(tmp_path / "i")
 
 
+def test_verify_reads_the_manifest(tmp_path):
+    index = Index.build(tmp_path / "i", unit(120), prompt="query: ", source={"file": "a"})
+    index.remove([119])
+    index.verify()
+    file = tmp_path / "i" / "manifest.json"
+    whole = json.loads(file.read_text())
+    for change, message in (
+        ({"next_id": 20}, "manifest.json: next_id 20, but there is an id 119"),
+        ({"next_id": 119}, "manifest.json: next_id 119, but there is an id 119"),
+        ({"prompt": "Query: "}, "manifest.json: damaged: SHA-256"),
+        ({"source": {"file": "b"}}, "manifest.json: damaged: SHA-256"),
+    ):
+        file.write_text(json.dumps(whole | change))
+        damaged(tmp_path / "i", message, verify=True)
+    del whole["sha256"]  # as earlier versions wrote it
+    file.write_text(json.dumps(whole))
+    Index.open(tmp_path / "i").verify()
+    for highest in (2**63 - 2, 2**63 - 1):
+        index = Index.build(tmp_path / "j", unit(120), ids=[*range(119), highest])
+        index.verify()
+
+
+def test_what_no_reader_would_take_is_not_written(tmp_path):
+    x = unit(120)
+    Index.build(tmp_path / "i", x)
+    before = {entry.name: entry.read_bytes() for entry in (tmp_path / "i").iterdir()}
+
+    class Encoder:
+        fingerprint = 7
+
+    for options, message in (
+        ({"prompt": 5}, "prompt: expected the text put before each document, or None; got 5"),
+        ({"prompt": True}, "prompt: expected"),
+        ({"prompt": ["query: "]}, "prompt: expected"),
+        ({"prompt": b"query"}, "prompt: expected"),
+        ({"prompt": "\ud800"}, "prompt: expected"),
+        ({"encoder": Encoder()}, "encoder: expected an Encoder or its fingerprint"),
+        ({"encoder": 5}, "encoder: expected an Encoder or its fingerprint"),
+        ({"encoder": "\ud800"}, "encoder: expected an Encoder or its fingerprint"),
+        ({"width": 23}, "width: 23, but the vectors have width 24"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Index.build(tmp_path / "i", x, **options)
+        assert {entry.name: entry.read_bytes() for entry in (tmp_path / "i").iterdir()} == before
+
+
 def test_manifest_paths_are_confined(tmp_path):
     Index.build(tmp_path / "i", unit(120))
     file, segment = tmp_path / "i" / "manifest.json", segment_of(tmp_path / "i")
