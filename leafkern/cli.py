@@ -184,7 +184,7 @@ def index_build(
     finer = checked_rescore(precision, _level(rescore))
     limits = None if ranges is None else _ranges(ranges)
     binary = precision in ("binary", "ubinary") and finer is None
-    folder = _existing_parent(index)
+    folder = index if index.is_dir() else _existing_parent(index)
     with _documents(input, model, field, ids_field, prompt, device, texts=texts, binary=binary, folder=folder) as given:
         built = Index.build(
             index,
@@ -214,7 +214,7 @@ def _ranges(path: Path) -> object:
 
 def _existing_parent(path: Path) -> Path:
     """The folder in which `path` lies or will lie, or the nearest one above it."""
-    return next(folder for folder in path.absolute().parents if folder.is_dir())
+    return next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
 
 
 @index_app.command("add")

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ except ImportError:  # not POSIX
     fcntl = None
 
 TEMPORARY = ".leafkern-tmp-"
+LOCK = f"{TEMPORARY}lock"
 # Reading the umask means setting it for a moment, which other threads would notice: hence only once, at import.
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
@@ -79,23 +81,46 @@ def make_folder(path: Path) -> None:
 def writing(folder: str | os.PathLike) -> Iterator[None]:
     """Holds the writers' lock of `folder`; InputError while somebody else holds it.
 
-    It ends with the process that holds it. Without effect where the system, or this file system, has no such locks.
+    It ends with the process that holds it. A file is locked, not the folder, whose locks NFS would keep from other
+    machines. Without effect where the system has no such locks; where this file system has none, that is warned of.
     """
     if fcntl is None:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    file = Path(folder) / LOCK
+    handle = _locked(file)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is writing it; try again later") from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
         yield
     finally:
+        with suppress(OSError):
+            file.unlink()
+        with suppress(OSError):  # a process forked meanwhile would keep what is only closed
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
+
+
+def _locked(file: Path) -> int:
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.stat().st_ino == os.fstat(handle).st_ino:
+                return handle
+            os.close(handle)  # whoever held the one opened has removed it just now
+        except BlockingIOError:
+            os.close(handle)
+            raise InputError(f"{file.parent}: another process is writing it; try again later") from None
+        except FileNotFoundError:
+            os.close(handle)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                warnings.warn(
+                    f"{file.parent}: lies on a file system without locks; let no two processes write it at a time",
+                    stacklevel=4,
+                )
+                return handle
+            os.close(handle)
+            raise
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -193,6 +218,8 @@ def confined(folder: str | os.PathLike, name: str) -> Path:
 def remove_leftovers(folder: str | os.PathLike) -> None:
     """Removes what a killed writer left under temporary names in `folder`."""
     for entry in Path(folder).glob(f"{TEMPORARY}*"):
+        if entry.name == LOCK:
+            continue
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:

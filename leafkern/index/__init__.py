@@ -161,9 +161,10 @@ class Index:
                 if width not in (None, rows.width):
                     raise InputError(f"width: {width!r}, but the vectors have width {rows.width}; leave it out")
                 manifest["width"] = rows.width
-                texts = index._checked_new(rows, texts)
+                texts = index._checked_new(index._state, rows, texts)
                 index._check_ranges(rows, ranges, rotate)
                 new_ids = writer.new_ids(index._state, rows.count, ids)
+                make_folder(path)  # another build that failed may have removed it
                 with writer.changing(path, manifest, anew=True) as change:
                     if rotate is not False:
                         rows.rotation = random_rotation(rows.width, 0 if rotate is True else rotate)
@@ -173,9 +174,10 @@ class Index:
                     writer.append(change, [], rows, new_ids, texts)
         except BaseException:
             if not existed and path.is_dir():
-                with suppress(InputError), writing(path):  # not while another process builds there
-                    remove_leftovers(path)
-                    if not any(path.iterdir()):
+                with suppress(InputError):  # not while another process builds there
+                    with writing(path):
+                        remove_leftovers(path)
+                    with suppress(OSError):  # where there is something in it
                         path.rmdir()
             raise
         index.refresh()
@@ -255,9 +257,11 @@ class Index:
         prompt: str | None = None,
     ) -> None:
         """Raises InputError unless each thing given, where the index knows it, is what the index was built with."""
-        given = {"width": width, "precision": precision, "encoder": fingerprint(encoder), "prompt": prompt}
+        self._require(self._state, width=width, precision=precision, encoder=fingerprint(encoder), prompt=prompt)
+
+    def _require(self, state: Snapshot, **given: object) -> None:
         for name, value in given.items():
-            has = self._state.manifest[name]
+            has = state.manifest[name]
             if value is not None and has is not None and value != has:
                 raise InputError(
                     f"{name}: the index {self.path} was built with {name} {has!r}, not {value!r}; use the same, or "
@@ -339,11 +343,11 @@ class Index:
         prompt=None,
         choose=Snapshot.search_rows,
     ):
-        self.require(encoder=query_fingerprint(encoder, self.encoder), prompt=prompt)
+        self._require(state, encoder=query_fingerprint(encoder, state.manifest["encoder"]), prompt=prompt)
         queries = matrix("queries", queries)
         wide, width = queries.shape[1], state.manifest["width"]
         if dim is None:
-            self.require(width=wide)
+            self._require(state, width=wide)
             dim = width
         elif not isinstance(dim, int) or isinstance(dim, bool) or not 1 <= dim <= width:
             raise InputError(f"dim: expected an int from 1 to {width}, got {dim!r}")
@@ -406,26 +410,30 @@ class Index:
     ) -> int:
         """Appends vectors (as in `build`) as one more segment; how many values were clipped (also warned of).
 
-        Clipped are values outside the ranges of the int8 or int4 codes, which are frozen.
+        Clipped are values outside the ranges of the int8 or int4 codes, which are frozen. Where others have changed the
+        index since this handle was opened or refreshed, they are appended to what it holds now (not with `source`).
 
         ids None: numbered on from the highest so far. encoder, prompt: refused where the index has others. source:
         replaces the index's in the same step as the vectors come in, so that it can say how far one has got; None
         leaves it. Many small segments are searched more slowly than one: `compact` joins them, nothing else does.
         """
-        self.require(encoder=encoder, prompt=prompt)
         state, source = self._state, checked_source(source)
-        with Rows(vectors, self.path, self.width) as rows:
-            self.require(width=rows.width)
-            texts = self._checked_new(rows, texts)
+        self._require(state, encoder=fingerprint(encoder), prompt=prompt)
+        with Rows(vectors, self.path, state.manifest["width"]) as rows:
+            self._require(state, width=rows.width)
+            texts = self._checked_new(state, rows, texts)
             rows.rotation = state.rotation
-            new_ids = writer.new_ids(state, rows.count, ids)
+            ids = writer.new_ids(state, rows.count, ids) if ids is not None else None
             if rows.count == 0 and source is None:
                 return 0
-            ranges = [*writer.ranges_of(state.segments[:1]).values()]
-            clipped = rows.clipped(ranges[0]) if ranges else 0
-            with writer.changing(self.path, state.manifest) as change:
+            with writer.changing(self.path, state.manifest, newest=source is None) as change:
+                state = Snapshot.open(self.path, state)
+                new_ids = writer.new_ids(state, rows.count, ids)
+                ranges = [*writer.ranges_of(state.segments[:1]).values()]
+                clipped = rows.clipped(ranges[0]) if ranges else 0
                 writer.append(change, state.segments, rows, new_ids, texts)
-                change.manifest["source"] = state.manifest["source"] if source is None else source
+                if source is not None:
+                    change.manifest["source"] = source
         self.refresh()
         if clipped:
             warnings.warn(
@@ -472,8 +480,8 @@ class Index:
                 writer.clean(self.path)
         return old
 
-    def _checked_new(self, rows: Rows, texts: object) -> pa.ChunkedArray | None:
-        texts = checked_texts(texts, rows.count, self.has_texts)
+    def _checked_new(self, state: Snapshot, rows: Rows, texts: object) -> pa.ChunkedArray | None:
+        texts = checked_texts(texts, rows.count, state.manifest["texts"])
         rows.check_finite()
         return texts
 

@@ -51,15 +51,18 @@ class _Change:
 
 
 @contextmanager
-def changing(folder: Path, manifest: dict, *, anew: bool = False) -> Iterator[_Change]:
+def changing(folder: Path, manifest: dict, *, anew: bool = False, newest: bool = False) -> Iterator[_Change]:
     """Holds the writers' lock; at the end, the manifest of what is yielded replaces the one on disk.
 
-    manifest: what is to be changed, refused unless it is the newest; `anew`: whatever there is makes way. On an error
-    the files written are removed.
+    manifest: what is to be changed, refused unless it is the newest; `newest`: the newest state of the same index will
+    do; `anew`: whatever there is makes way. On an error the files written are removed.
     """
     with writing(folder):
-        if not anew and read_manifest(folder)["revision"] != manifest["revision"]:
-            raise InputError(f"{folder}: changed on disk since it was opened; refresh it or open it again")
+        if not anew:
+            found, same = read_manifest(folder), "index" if newest else "revision"
+            if found[same] != manifest[same]:
+                raise InputError(f"{folder}: changed on disk since it was opened; refresh it or open it again")
+            manifest = found
         clean(folder)
         change = _Change(folder, manifest)
         try:

@@ -248,6 +248,40 @@ def test_a_stale_handle_does_not_undo_another_writer(tmp_path):
     assert len(Index.open(tmp_path / "i")) == 122
 
 
+def test_added_to_what_others_made_of_it(tmp_path):
+    """Vectors that took hours to encode are not lost to a change meanwhile, unless they come with a source."""
+    x = unit(200)
+    first = Index.build(tmp_path / "i", x[:0], rotate=True)
+    second = Index.open(tmp_path / "i")
+    first.add(x[:120])
+    first.remove([7])
+    with pytest.warns(ClippedWarning):  # the ranges are those of the first
+        assert second.add(x[120:150]) > 0
+    assert second.ids_at(second.rows()).tolist() == [*range(7), *range(8, 150)]
+    assert second.search(x[120:150], 1)[1][:, 0].tolist() == list(range(120, 150))
+    second.verify()
+    with pytest.raises(InputError, match="ids: 130 is already in the index"):
+        first.add(x[:2], ids=[500, 130])
+    with pytest.raises(InputError, match="changed on disk since it was opened"):
+        first.add(x[:2], source={"rows": 2})
+    Index.build(tmp_path / "i", x[:120])
+    with pytest.raises(InputError, match="changed on disk since it was opened"):
+        second.add(x[150:])
+    assert len(Index.open(tmp_path / "i")) == 120
+    assert len(list((tmp_path / "i").iterdir())) == 2
+
+
+def test_a_failing_build_beside_another(tmp_path):
+    x = unit(120)
+
+    def blocks():
+        yield x
+        with pytest.raises(InputError, match="row 0 holds NaN"):
+            Index.build(tmp_path / "a" / "i", x * np.nan)
+
+    assert len(Index.build(tmp_path / "a" / "i", blocks())) == 120
+
+
 def test_one_writer_at_a_time(tmp_path, monkeypatch):
     x = unit(120)
     first = Index.build(tmp_path / "i", x)
