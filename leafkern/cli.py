@@ -31,7 +31,9 @@ app.add_typer(index_app, name="index")
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a model's folder or hub id")]
 IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="the index's folder")]
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="a file of texts or vectors; '-' is standard input")]
-Rescore = Annotated[str, typer.Option(help="in an index: finer codes for the best candidates, or none")]
+Rescore = Annotated[
+    str, typer.Option(help="in an index: finer codes for the best candidates: float32, float16, int8, int4 or none")
+]
 KeepTexts = Annotated[bool, typer.Option(help="in an index: keep the texts, for search to show")]
 Field = Annotated[str, typer.Option(help="field or column of the text in .jsonl and .parquet")]
 IdsField = Annotated[str | None, typer.Option(help="field or column of the ids; without it rows are numbered")]
@@ -156,7 +158,9 @@ def index_build(
     index: IndexPath,
     input: Input,
     model: ModelOption = None,
-    precision: Annotated[str, typer.Option(help="of the codes scanned: float32, float16, int8, int4, binary")] = "int8",
+    precision: Annotated[
+        str, typer.Option(help="of the codes scanned: float32, float16, int8, int4, binary, ubinary")
+    ] = "int8",
     rescore: Rescore = "float16",
     field: Field = "text",
     ids_field: IdsField = None,

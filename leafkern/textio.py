@@ -274,7 +274,8 @@ def vector_writer(path: str | os.PathLike, metadata: dict[str, str] | None = Non
         raise InputError(f"{path}: unknown vector format {kind!r}; expected one of {', '.join(VECTOR_FORMATS)}")
     if not Path(path).absolute().parent.is_dir():
         raise InputError(f"{path}: the folder {Path(path).parent} does not exist")
-    for leftover in Path(path).absolute().parent.glob(f"{TEMPORARY}{glob.escape(Path(path).name)}-*"):
+    digits = "[0-9a-f]" * 8
+    for leftover in Path(path).absolute().parent.glob(f"{TEMPORARY}{glob.escape(Path(path).name)}-{digits}"):
         leftover.unlink(missing_ok=True)  # of a writer that was killed
     with atomic_file(path) as temporary:
         writer = (_ParquetWriter if kind == ".parquet" else _RawWriter)(temporary, kind, metadata or {})

@@ -102,7 +102,7 @@ def new_ids(snapshot: Snapshot, count: int, ids: object) -> pa.Array:
     """The ids of `count` new rows, checked; None numbers them on from the highest so far."""
     has, next_id = snapshot.manifest["ids"], snapshot.manifest["next_id"]
     if ids is None:
-        if has == "string":
+        if has == "string" and count:
             raise InputError("ids: the index has string ids; give one per vector")
         if next_id + count - 1 > LARGEST_ID:
             raise InputError(f"ids: {count} more than {next_id - 1} exceed 64 bits; give them")

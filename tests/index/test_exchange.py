@@ -447,5 +447,7 @@ def test_memory_holds_blocks_only(tmp_path, monkeypatch):
         lambda: exchange.export(Index.open(tmp_path / "i"), tmp_path / "y.parquet"),
         lambda: exchange.export(Index.open(tmp_path / "i"), tmp_path / "y.faiss"),
         lambda: built(tmp_path / "j", exchange.read(tmp_path / "y.faiss")),
+        lambda: exchange.export(Index.open(tmp_path / "i"), tmp_path / "y.safetensors"),
+        lambda: built(tmp_path / "j", exchange.read(tmp_path / "y.safetensors")),
     ):
         assert growth(step) < 40  # MiB

@@ -111,7 +111,9 @@ def test_ranges_given(tmp_path):
     ranges = calibrate(torch.from_numpy(x), "int8")
     with pytest.raises(InputError, match=r"vectors: row 0 has norm 5 .* give ranges=calibrate"):
         Index.build(tmp_path / "i", x[:9])
-    for given in (ranges, ranges.numpy().astype(np.float64)):
+    mapped = ranges.numpy().copy()
+    mapped.flags.writeable = False
+    for given in (ranges, ranges.numpy().astype(np.float64), mapped):
         index = Index.build(tmp_path / "i", x[:9], ranges=given)
         expected = quantize(torch.from_numpy(x[:9]), "int8", ranges=ranges)
         assert torch.equal(tensors_of(index)["codes"], expected.codes)
@@ -119,6 +121,7 @@ def test_ranges_given(tmp_path):
     for part in Index.open(tmp_path / "i")._state.segments:
         assert torch.equal(part.tensors["codes_ranges"], ranges)
     for options, message in (
+        ({"ranges": "abc"}, "ranges: expected a numpy array or torch tensor"),
         ({"ranges": ranges[:, :3]}, r"ranges: expected shape \(2, 24\)"),
         ({"ranges": ranges, "precision": "binary"}, "ranges: an index of binary has no int8 or int4 codes"),
         ({"ranges": ranges, "vectors": x[:0]}, "ranges: an empty index"),
@@ -151,6 +154,13 @@ def test_ids_texts_and_order(tmp_path):
         assert list(index.texts_at(index.rows())) == ["zwei ✓", "", "five", "six"]
         index.verify()
         index.compact()
+
+
+def test_nothing_added_to_string_ids(tmp_path):
+    index = Index.build(tmp_path / "i", unit(3), ids=["a", "b", "c"])
+    assert index.add(unit(0)) == 0
+    with pytest.raises(InputError, match="ids: the index has string ids"):
+        index.add(unit(1))
 
 
 def test_integer_ids_number_on(tmp_path):
