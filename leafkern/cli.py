@@ -31,7 +31,9 @@ app.add_typer(index_app, name="index")
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a model's folder or hub id")]
 IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="the index's folder")]
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="a file of texts or vectors; '-' is standard input")]
-Rescore = Annotated[str, typer.Option(help="in an index: finer codes for the best candidates, or none")]
+Rescore = Annotated[
+    str, typer.Option(help="in an index: finer codes for the best candidates: float32, float16, int8, int4 or none")
+]
 KeepTexts = Annotated[bool, typer.Option(help="in an index: keep the texts, for search to show")]
 Field = Annotated[str, typer.Option(help="field or column of the text in .jsonl and .parquet")]
 IdsField = Annotated[str | None, typer.Option(help="field or column of the ids; without it rows are numbered")]
@@ -156,7 +158,9 @@ def index_build(
     index: IndexPath,
     input: Input,
     model: ModelOption = None,
-    precision: Annotated[str, typer.Option(help="of the codes scanned: float32, float16, int8, int4, binary")] = "int8",
+    precision: Annotated[
+        str, typer.Option(help="of the codes scanned: float32, float16, int8, int4, binary, ubinary")
+    ] = "int8",
     rescore: Rescore = "float16",
     field: Field = "text",
     ids_field: IdsField = None,
@@ -172,7 +176,7 @@ def index_build(
     """Make an index of vectors (.npy, .safetensors, .parquet, FAISS's flat .faiss) or, with --model, of texts.
 
     It appears, whole, when all is done, in place of one that stood there. Ids come from --ids-field (.jsonl, .parquet),
-    from the .faiss file, or from INPUT.ids.npy or INPUT.ids.json beside the vectors, as `index export` writes them.
+    from the .faiss file, or from docs.npy.ids.npy or docs.npy.ids.json beside docs.npy, as `index export` writes them.
 
     Example: `leafkern index build my-index docs.jsonl --model my-model --field body --ids-field id`
 
@@ -184,7 +188,7 @@ def index_build(
     finer = checked_rescore(precision, _level(rescore))
     limits = None if ranges is None else _ranges(ranges)
     binary = precision in ("binary", "ubinary") and finer is None
-    folder = _existing_parent(index)
+    folder = index if index.is_dir() else _existing_parent(index)
     with _documents(input, model, field, ids_field, prompt, device, texts=texts, binary=binary, folder=folder) as given:
         built = Index.build(
             index,
@@ -214,7 +218,7 @@ def _ranges(path: Path) -> object:
 
 def _existing_parent(path: Path) -> Path:
     """The folder in which `path` lies or will lie, or the nearest one above it."""
-    return next(folder for folder in path.absolute().parents if folder.is_dir())
+    return next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
 
 
 @index_app.command("add")
@@ -268,10 +272,11 @@ def index_remove(
 
 
 def _integer(identity: str) -> int:
-    try:
-        return int(identity)
-    except ValueError:
-        raise InputError(f"ID: {identity!r} is no whole number, as the ids of this index are") from None
+    import re
+
+    if not re.fullmatch("-?[0-9]{1,20}", identity):
+        raise InputError(f"ID: {identity!r:.80} is no whole number, as the ids of this index are")
+    return int(identity)
 
 
 @index_app.command("compact")
@@ -303,7 +308,7 @@ def index_export(
     """Write the vectors of an index to a file, decoded from its finest codes, in order of insertion.
 
     .parquet gets columns id, vector and text. .faiss is an IndexFlatIP, with ubinary an IndexBinaryFlat, in an
-    IndexIDMap where the ids are not 0, 1, 2, ... Other ids go beside OUT: docs.ids.npy or docs.ids.json.
+    IndexIDMap where the ids are not 0, 1, 2, ... Other ids go beside OUT: docs.npy.ids.npy or docs.npy.ids.json.
 
     Example: `leafkern index export my-index docs.parquet`
     """

@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,6 +23,7 @@ except ImportError:  # not POSIX
     fcntl = None
 
 TEMPORARY = ".leafkern-tmp-"
+LOCK = f"{TEMPORARY}lock"
 # Reading the umask means setting it for a moment, which other threads would notice: hence only once, at import.
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
@@ -31,10 +33,6 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 def on_step(step: str, path: Path) -> None:
     """Called before each "write", "fsync", "rename", "fsync-folder", "remove"; tests replace it to inject crashes."""
-
-
-def _step(step: str, path: Path) -> None:
-    on_step(step, path)
 
 
 def existing(path: str | os.PathLike) -> Path:
@@ -49,7 +47,7 @@ def existing(path: str | os.PathLike) -> Path:
 
 def fsync_file(path: Path) -> None:
     """Makes a file durable, and readable by whom the umask at import lets (safetensors asks for the owner alone)."""
-    _step("fsync", path)
+    on_step("fsync", path)
     path.chmod(0o666 & ~_UMASK)
     # Windows syncs only what is open for writing.
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -61,7 +59,7 @@ def fsync_file(path: Path) -> None:
 
 def fsync_folder(path: Path) -> None:
     """Makes a rename inside `path` durable (a no-op where folders can't be opened, as on Windows)."""
-    _step("fsync-folder", path)
+    on_step("fsync-folder", path)
     if os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -83,23 +81,46 @@ def make_folder(path: Path) -> None:
 def writing(folder: str | os.PathLike) -> Iterator[None]:
     """Holds the writers' lock of `folder`; InputError while somebody else holds it.
 
-    It ends with the process that holds it. Without effect where the system, or this file system, has no such locks.
+    It ends with the process that holds it. A file is locked, not the folder, whose locks NFS would keep from other
+    machines. Without effect where the system has no such locks; where this file system has none, that is warned of.
     """
     if fcntl is None:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    file = Path(folder) / LOCK
+    handle = _locked(file)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is writing it; try again later") from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
         yield
     finally:
+        with suppress(OSError):
+            file.unlink()
+        with suppress(OSError):  # a process forked meanwhile would keep what is only closed
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
+
+
+def _locked(file: Path) -> int:
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.stat().st_ino == os.fstat(handle).st_ino:
+                return handle
+            os.close(handle)  # whoever held the one opened has removed it just now
+        except BlockingIOError:
+            os.close(handle)
+            raise InputError(f"{file.parent}: another process is writing it; try again later") from None
+        except FileNotFoundError:
+            os.close(handle)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                warnings.warn(
+                    f"{file.parent}: lies on a file system without locks; let no two processes write it at a time",
+                    stacklevel=4,
+                )
+                return handle
+            os.close(handle)
+            raise
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -111,17 +132,22 @@ def _exchange(one: Path, other: Path) -> bool:
     return swap(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
+def rename(source: Path, target: Path) -> None:
+    """Puts `source` in the place of `target`, in one step."""
+    on_step("rename", target)
+    os.replace(source, target)
+
+
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it replaces `path`, on any error it is removed."""
     path = Path(path)
     temporary = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"
     try:
-        _step("write", temporary)
+        on_step("write", temporary)
         yield temporary
         fsync_file(temporary)
-        _step("rename", path)
-        os.replace(temporary, path)
+        rename(temporary, path)
         fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -139,7 +165,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"
     aside = path.parent / f"{TEMPORARY}{path.name}-old-{uuid.uuid4().hex[:8]}"
     try:
-        _step("write", temporary)
+        on_step("write", temporary)
         temporary.mkdir()
         yield temporary
         for entry in sorted(temporary.rglob("*")):
@@ -148,11 +174,11 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             elif entry.is_dir():
                 fsync_folder(entry)
         fsync_folder(temporary)
-        _step("rename", path)
+        on_step("rename", path)
         if not _exchange(temporary, path):
             if path.exists():
                 os.replace(path, aside)
-                _step("rename", path)
+                on_step("rename", path)
             os.replace(temporary, path)
         fsync_folder(path.parent)
     except BaseException:
@@ -189,10 +215,10 @@ def confined(folder: str | os.PathLike, name: str) -> Path:
     return path
 
 
-def remove_leftovers(folder: str | os.PathLike, keep: Callable[[str], bool] = lambda name: False) -> None:
+def remove_leftovers(folder: str | os.PathLike) -> None:
     """Removes what a killed writer left under temporary names in `folder`."""
     for entry in Path(folder).glob(f"{TEMPORARY}*"):
-        if keep(entry.name):
+        if entry.name == LOCK:
             continue
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
@@ -202,6 +228,6 @@ def remove_leftovers(folder: str | os.PathLike, keep: Callable[[str], bool] = la
 
 def remove_file(path: Path) -> None:
     """Removes a file that nothing needs any more."""
-    _step("remove", path)
+    on_step("remove", path)
     with suppress(PermissionError):  # Windows keeps a file that is still open; the next writer removes it
         path.unlink(missing_ok=True)

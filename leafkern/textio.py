@@ -11,7 +11,7 @@ import os
 import struct
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tokenize import TokenError  # numpy's reader of .npy headers lets it through
@@ -27,7 +27,8 @@ TEXT_FORMATS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 VECTOR_FORMATS = (".npy", ".safetensors", ".parquet")
 BLOCK_ROWS = 16_384
 
-# Tensor names under which a .safetensors file of vectors is recognised, when it holds more than one matrix.
+# Of .safetensors: matrices of vectors, and the names by which one is recognised among several.
+_FLOATS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _VECTOR_NAMES = ("vectors", "embeddings", "codes")
 
 
@@ -239,6 +240,7 @@ def check_finite(name: str, vectors: np.ndarray, first_row: int = 0) -> None:
 
 
 def _safetensors_matrix(path) -> np.ndarray:
+    """Memory-mapped: the library, which checks the header, would copy all."""
     import safetensors
 
     try:
@@ -247,9 +249,17 @@ def _safetensors_matrix(path) -> np.ndarray:
             chosen = names if len(names) == 1 else [name for name in _VECTOR_NAMES if name in names]
             if not chosen:
                 raise InputError(f"{path}: expected one matrix, or one named 'vectors'; it has {names or 'none'}")
-            return file.get_tensor(chosen[0])
+            kind, shape = file.get_slice(chosen[0]).get_dtype(), file.get_slice(chosen[0]).get_shape()
     except safetensors.SafetensorError as error:
         raise InputError(f"{path}: not a readable .safetensors file ({error})") from None
+    if kind not in _FLOATS:
+        raise InputError(f"{path}: {chosen[0]} is a matrix of {kind}; expected {', '.join(_FLOATS)}")
+    if 0 in shape:
+        return np.zeros(shape, _FLOATS[kind])
+    with open(path, "rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        start, _ = json.loads(stream.read(length))[chosen[0]]["data_offsets"]
+    return np.memmap(path, _FLOATS[kind], "r", 8 + length + start, tuple(shape))
 
 
 @contextmanager
@@ -264,7 +274,8 @@ def vector_writer(path: str | os.PathLike, metadata: dict[str, str] | None = Non
         raise InputError(f"{path}: unknown vector format {kind!r}; expected one of {', '.join(VECTOR_FORMATS)}")
     if not Path(path).absolute().parent.is_dir():
         raise InputError(f"{path}: the folder {Path(path).parent} does not exist")
-    for leftover in Path(path).absolute().parent.glob(f"{TEMPORARY}{glob.escape(Path(path).name)}-*"):
+    digits = "[0-9a-f]" * 8
+    for leftover in Path(path).absolute().parent.glob(f"{TEMPORARY}{glob.escape(Path(path).name)}-{digits}"):
         leftover.unlink(missing_ok=True)  # of a writer that was killed
     with atomic_file(path) as temporary:
         writer = (_ParquetWriter if kind == ".parquet" else _RawWriter)(temporary, kind, metadata or {})
@@ -413,8 +424,3 @@ def safetensors_header(
     if len(text) > length:
         raise InputError(f"metadata: {len(text)} bytes of header, more than the {length} kept for it")
     return struct.pack("<Q", length) + text.ljust(length)
-
-
-def iter_blocks(items: Sequence, rows: int) -> Iterable[Sequence]:
-    """Consecutive slices of `items` of at most `rows`."""
-    return (items[start : start + rows] for start in range(0, len(items), rows))

@@ -273,7 +273,7 @@ def test_index_of_other_files(run, tmp_path):
     index, vectors = tmp_path / "i", np.random.default_rng().normal(size=(120, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     np.save(tmp_path / "v.npy", vectors)
-    (tmp_path / "v.ids.json").write_text(json.dumps([f"n{i}" for i in range(120)]))
+    (tmp_path / "v.npy.ids.json").write_text(json.dumps([f"n{i}" for i in range(120)]))
     assert run("index", "build", index, tmp_path / "v.npy", "--rotate")[0] == 0
     assert Index.open(index).search(vectors[:2], 1)[1].tolist() == [["n0"], ["n1"]]
     assert Index.open(index).rotates
@@ -291,7 +291,7 @@ def test_index_of_other_files(run, tmp_path):
     build = ["index", "build", tmp_path / "bits", tmp_path / "bits.faiss"]
     fails(run(*build), 2, "bits.faiss: holds bits only; choose precision ubinary")
     assert run(*build, "--precision", "ubinary", "--rescore", "none")[0] == 0
-    (tmp_path / "bits.ids.json").write_text(json.dumps([f"m{i}" for i in range(120)]))
+    (tmp_path / "bits.faiss.ids.json").write_text(json.dumps([f"m{i}" for i in range(120)]))
     assert run("index", "add", tmp_path / "bits", tmp_path / "bits.faiss")[0] == 0
     assert len(Index.open(tmp_path / "bits")) == 240
     fails(run("index", "export", index, tmp_path / "v.bin"), 2, "unknown vector format '.bin'")
@@ -341,6 +341,8 @@ def test_remove_and_compact(run, tmp_path):
     ]
     fails(run("index", "remove", named, "n0", "n1"), 2, "ids: 'n1' is not in the index")
     fails(run("index", "remove", numbered, "seven"), 2, "ID: 'seven' is no whole number")
+    for other in ("1_0", " 7 ", "٣", "9" * 5000):
+        fails(run("index", "remove", numbered, other), 2, "is no whole number")
     fails(run("index", "remove", numbered), 2, "ID")
     assert len(Index.open(named)) == 9
     code, out, err = run("index", "compact", named)

@@ -8,6 +8,7 @@ import pytest
 from leafkern import files
 from leafkern.errors import InputError
 
+fcntl = files.fcntl
 posix_only = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
@@ -106,5 +107,43 @@ def test_no_locks_on_this_file_system(tmp_path, monkeypatch):
         raise OSError(files.errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="lies on a file system without locks"), files.writing(tmp_path):
+        pass
+
+
+@posix_only
+def test_the_lock_is_a_file_that_goes(tmp_path):
+    with files.writing(tmp_path):
+        assert [entry.name for entry in tmp_path.iterdir()] == [files.LOCK]
+        files.remove_leftovers(tmp_path)
+        for _ in range(2):
+            with pytest.raises(InputError, match="another process is writing it"), files.writing(tmp_path):
+                pass
+        assert [entry.name for entry in tmp_path.iterdir()] == [files.LOCK]
+    assert not list(tmp_path.iterdir())
+    (tmp_path / files.LOCK).touch()  # of a writer that was killed
     with files.writing(tmp_path):
         pass
+    assert not list(tmp_path.iterdir())
+
+
+@posix_only
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process_does_not_keep_the_lock(tmp_path):
+    with files.writing(tmp_path):
+        ours, theirs = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(theirs)
+            os.read(ours, 1)
+            os._exit(0)
+        os.close(ours)
+        file = os.open(tmp_path / files.LOCK, os.O_RDWR)
+    try:  # not only because the name is gone
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with files.writing(tmp_path):
+            pass
+    finally:
+        os.close(file)
+        os.close(theirs)
+        os.waitpid(child, 0)

@@ -229,3 +229,21 @@ def test_writer_refuses(tmp_path):
     with pytest.raises(InputError, match="none to write"), textio.vector_writer(tmp_path / "a.npy"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_safetensors_are_mapped(tmp_path):
+    import torch
+    from safetensors.torch import save_file as save_tensors
+
+    path = tmp_path / "a.safetensors"
+    x = np.random.default_rng().normal(size=(50, 7))
+    for dtype in (np.float16, np.float32, np.float64):
+        for rows in (50, 0):
+            save_file({"before": np.arange(3, dtype=np.uint8), "vectors": x[:rows].astype(dtype)}, path)
+            found = textio.read_vectors(path, empty=True).vectors
+            np.testing.assert_array_equal(found, x[:rows].astype(dtype))
+            assert isinstance(found, np.memmap) or rows == 0
+    for dtype, name in ((torch.bfloat16, "BF16"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")):
+        save_tensors({"vectors": torch.from_numpy(x).to(dtype)}, path)
+        with pytest.raises(InputError, match=f"a.safetensors: vectors is a matrix of {name}; expected F16, F32, F64"):
+            textio.read_vectors(path)

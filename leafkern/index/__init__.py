@@ -35,7 +35,7 @@ from leafkern.index.manifest import (
 from leafkern.index.reader import Candidates, Snapshot, levels_of
 from leafkern.index.segment import Column
 from leafkern.index.vectors import Rows, checked_source, checked_texts, float32, matrix, random_rotation
-from leafkern.textio import check_finite
+from leafkern.textio import check_finite, is_unicode
 
 __all__ = ["PRECISIONS", "RESCORE_PRECISIONS", "ClippedWarning", "Index"]
 
@@ -52,6 +52,7 @@ class Index:
 
     A handle shows the index as it was when it was opened, changed through this handle, or refreshed. Any number of
     threads may read through it beside one that writes. Row numbers are insertion numbers: they stay until `compact`.
+    What belongs together, as `search_rows` and `texts_at`, is asked of one `pinned` handle where others may change it.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -125,6 +126,8 @@ class Index:
         path = Path(path)
         if not isinstance(rotate, int) or rotate < 0:
             raise InputError(f"rotate: expected True, False or a seed >= 0, got {rotate!r}")
+        if prompt is not None and not (isinstance(prompt, str) and is_unicode(prompt)):
+            raise InputError(f"prompt: expected the text put before each document, or None; got {prompt!r:.80}")
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -154,10 +157,13 @@ class Index:
         try:
             make_folder(path)
             with Rows(vectors, path, width, ranges) as rows:
+                if width not in (None, rows.width):
+                    raise InputError(f"width: {width!r}, but the vectors have width {rows.width}; leave it out")
                 manifest["width"] = rows.width
-                texts = index._checked_new(rows, texts)
+                texts = index._checked_new(index._state, rows, texts)
                 index._check_ranges(rows, ranges, rotate)
                 new_ids = writer.new_ids(index._state, rows.count, ids)
+                make_folder(path)  # another build that failed may have removed it
                 with writer.changing(path, manifest, anew=True) as change:
                     if rotate is not False:
                         rows.rotation = random_rotation(rows.width, 0 if rotate is True else rotate)
@@ -167,9 +173,10 @@ class Index:
                     writer.append(change, [], rows, new_ids, texts)
         except BaseException:
             if not existed and path.is_dir():
-                with suppress(InputError), writing(path):  # not while another process builds there
-                    remove_leftovers(path)
-                    if not any(path.iterdir()):
+                with suppress(InputError):  # not while another process builds there
+                    with writing(path):
+                        remove_leftovers(path)
+                    with suppress(OSError):  # where there is something in it
                         path.rmdir()
             raise
         index.refresh()
@@ -249,9 +256,11 @@ class Index:
         prompt: str | None = None,
     ) -> None:
         """Raises InputError unless each thing given, where the index knows it, is what the index was built with."""
-        given = {"width": width, "precision": precision, "encoder": fingerprint(encoder), "prompt": prompt}
+        self._require(self._state, width=width, precision=precision, encoder=fingerprint(encoder), prompt=prompt)
+
+    def _require(self, state: Snapshot, **given: object) -> None:
         for name, value in given.items():
-            has = self._state.manifest[name]
+            has = state.manifest[name]
             if value is not None and has is not None and value != has:
                 raise InputError(
                     f"{name}: the index {self.path} was built with {name} {has!r}, not {value!r}; use the same, or "
@@ -264,6 +273,12 @@ class Index:
             before = self._state
             self._state = Snapshot.open(self.path, before)
             return self._state.manifest["revision"] != before.manifest["revision"]
+
+    def pinned(self) -> "Index":
+        """A handle that shows what this one shows now, also after this one has changed or was refreshed."""
+        index = type(self).__new__(type(self))
+        index._set_up(self.path, self._state)
+        return index
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -327,11 +342,11 @@ class Index:
         prompt=None,
         choose=Snapshot.search_rows,
     ):
-        self.require(encoder=query_fingerprint(encoder, self.encoder), prompt=prompt)
+        self._require(state, encoder=query_fingerprint(encoder, state.manifest["encoder"]), prompt=prompt)
         queries = matrix("queries", queries)
         wide, width = queries.shape[1], state.manifest["width"]
         if dim is None:
-            self.require(width=wide)
+            self._require(state, width=wide)
             dim = width
         elif not isinstance(dim, int) or isinstance(dim, bool) or not 1 <= dim <= width:
             raise InputError(f"dim: expected an int from 1 to {width}, got {dim!r}")
@@ -394,26 +409,30 @@ class Index:
     ) -> int:
         """Appends vectors (as in `build`) as one more segment; how many values were clipped (also warned of).
 
-        Clipped are values outside the ranges of the int8 or int4 codes, which are frozen.
+        Clipped are values outside the ranges of the int8 or int4 codes, which are frozen. Where others have changed the
+        index since this handle was opened or refreshed, they are appended to what it holds now (not with `source`).
 
         ids None: numbered on from the highest so far. encoder, prompt: refused where the index has others. source:
         replaces the index's in the same step as the vectors come in, so that it can say how far one has got; None
         leaves it. Many small segments are searched more slowly than one: `compact` joins them, nothing else does.
         """
-        self.require(encoder=encoder, prompt=prompt)
         state, source = self._state, checked_source(source)
-        with Rows(vectors, self.path, self.width) as rows:
-            self.require(width=rows.width)
-            texts = self._checked_new(rows, texts)
+        self._require(state, encoder=fingerprint(encoder), prompt=prompt)
+        with Rows(vectors, self.path, state.manifest["width"]) as rows:
+            self._require(state, width=rows.width)
+            texts = self._checked_new(state, rows, texts)
             rows.rotation = state.rotation
-            new_ids = writer.new_ids(state, rows.count, ids)
+            ids = writer.new_ids(state, rows.count, ids) if ids is not None else None
             if rows.count == 0 and source is None:
                 return 0
-            ranges = [*writer.ranges_of(state.segments[:1]).values()]
-            clipped = rows.clipped(ranges[0]) if ranges else 0
-            with writer.changing(self.path, state.manifest) as change:
+            with writer.changing(self.path, state.manifest, newest=source is None) as change:
+                state = Snapshot.open(self.path, state)
+                new_ids = writer.new_ids(state, rows.count, ids)
+                ranges = [*writer.ranges_of(state.segments[:1]).values()]
+                clipped = rows.clipped(ranges[0]) if ranges else 0
                 writer.append(change, state.segments, rows, new_ids, texts)
-                change.manifest["source"] = state.manifest["source"] if source is None else source
+                if source is not None:
+                    change.manifest["source"] = source
         self.refresh()
         if clipped:
             warnings.warn(
@@ -427,7 +446,8 @@ class Index:
     def remove(self, ids: object) -> int:
         """Removes the vectors of `ids`, each of which must be in the index; how many were removed.
 
-        They are marked and found no more; what they take on disk is freed by `compact`.
+        They are marked and found no more; what they take on disk is freed by `compact`. An index without any vector
+        left is as one built empty: what is added next sets the ranges of its int8 or int4 codes, and the kind of ids.
         """
         state = self._state
         hits = writer.find(state, ids)
@@ -459,8 +479,8 @@ class Index:
                 writer.clean(self.path)
         return old
 
-    def _checked_new(self, rows: Rows, texts: object) -> pa.ChunkedArray | None:
-        texts = checked_texts(texts, rows.count, self.has_texts)
+    def _checked_new(self, state: Snapshot, rows: Rows, texts: object) -> pa.ChunkedArray | None:
+        texts = checked_texts(texts, rows.count, state.manifest["texts"])
         rows.check_finite()
         return texts
 

@@ -2,16 +2,18 @@
 
 .npy, .safetensors, .parquet (columns vector, text and one of ids) and FAISS's flat indexes (.faiss, .index). Files are
 mapped or read in blocks: memory holds a block and the ids. Ids that a format has no place for stand beside it:
-"v.ids.npy" (int64) or "v.ids.json" (strings) beside "v.npy".
+"v.npy.ids.npy" (int64) or "v.npy.ids.json" (strings) beside "v.npy".
 """
 
+import glob
 import json
 import mmap
 import os
 import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +24,7 @@ import torch
 
 from leafkern import parquet
 from leafkern.errors import InputError, unknown_name
-from leafkern.files import TEMPORARY, atomic_file, existing
+from leafkern.files import TEMPORARY, atomic_file, existing, fsync_file, fsync_folder, rename
 from leafkern.index import Index, faiss_flat
 from leafkern.ops import quantize
 from leafkern.textio import (
@@ -76,7 +78,7 @@ def read(
     """The vectors of a file with their ids and texts, for an index: `Index.build(path, **read(file)._asdict())`.
 
     ids_field: the column of a .parquet file that holds ids. texts: whether to read its column "text", where it has one;
-    texts go through a temporary file in `folder`.
+    texts go through a temporary file in `folder` (None: the system's, which may be memory).
     binary: the index keeps bits and nothing finer. An IndexBinaryFlat can't become another: its bits, in the order of
     numpy.packbits and sentence-transformers, come as vectors of 1 and -1.
     Errors (InputError): an unknown suffix, a file that is damaged or holds something else, NaN or infinity (row named).
@@ -156,8 +158,13 @@ def _spooled_texts(path: str | os.PathLike, folder: str | os.PathLike | None) ->
 
 def _ids_beside(path: str | os.PathLike, count: int) -> pa.Array | None:
     """The ids that stand beside a file of `count` vectors; None where none do."""
-    found = [file for end in _IDS_BESIDE if (file := Path(path).with_suffix(end)).exists()]
+    found = [file for file in _beside(Path(path)) if file.exists()]
     if not found:
+        for leftover in _temporary_ids(Path(path)):
+            raise InputError(
+                f"{path}: an export to it was cut off and its ids are missing; export it again, or remove {leftover} "
+                "if it has none"
+            )
         return None
     if len(found) > 1:
         raise InputError(f"{path}: both {found[0].name} and {found[1].name} stand beside it; remove one")
@@ -196,7 +203,8 @@ def export(
     .parquet: columns id, vector and, where the index keeps them, text. .faiss: IndexFlatIP, in an IndexIDMap where ids
     are integers other than 0, 1, 2, ... Ids without a place in the format stand beside the file.
     """
-    path, kind = Path(path), suffix(path)
+    # Row numbers must not change under way.
+    index, path, kind = index.pinned(), Path(path), suffix(path)
     if precision not in EXPORT_PRECISIONS:
         raise unknown_name("precision", precision, EXPORT_PRECISIONS)
     if kind not in EXPORT_FORMATS:
@@ -212,24 +220,25 @@ def export(
             _write_parquet(index, temporary, precision, progress)
         return len(index)
     ids = index.ids_at(index.rows())
-    mapped = None
-    with ExitStack() as stack:
-        if kind != ".faiss" or ids.dtype == object:
-            beside = path.with_suffix(_IDS_BESIDE[ids.dtype == object])
-            _write_ids(stack.enter_context(atomic_file(beside)), ids)
-        elif not np.array_equal(ids, np.arange(len(ids))):
-            mapped = ids
-        blocks = (_coded(index, rows, precision) for rows in _row_blocks(index, progress))
+    beside, mapped = ids, None
+    if kind == ".faiss" and ids.dtype == np.int64:
+        beside, mapped = None, (None if np.array_equal(ids, np.arange(len(ids))) else ids)
+    blocks = (_coded(index, rows, precision) for rows in _row_blocks(index, progress))
+    with _ids_replaced(path, beside) as put_aside:
         if kind == ".faiss":
-            with atomic_file(path) as temporary, open(temporary, "wb") as stream:
-                binary = precision == "ubinary"
-                faiss_flat.write(stream, len(index), index.width, blocks, mapped, binary=binary)
-                _remove_ids(path)
+            with atomic_file(path) as temporary:
+                with open(temporary, "wb") as stream:
+                    binary = precision == "ubinary"
+                    faiss_flat.write(stream, len(index), index.width, blocks, mapped, binary=binary)
+                fsync_file(temporary)
+                put_aside()
         else:
             with vector_writer(path, {"precision": precision}) as writer:
                 for block in blocks:
                     writer.add(block)
-                _remove_ids(path)
+                writer.finish()
+                fsync_file(writer.path)
+                put_aside()
     return len(index)
 
 
@@ -262,15 +271,64 @@ def _write_parquet(index: Index, path: Path, precision: str, progress: Progress)
             writer.write_table(pa.table(columns, schema=schema))
 
 
+def _beside(path: Path) -> list[Path]:
+    return [path.with_name(path.name + end) for end in _IDS_BESIDE]
+
+
+def _temporary_ids(path: Path) -> list[Path]:
+    """Ids of `path` under temporary names: of an export that goes on, or was killed."""
+    return [
+        file for ids in _beside(path) for file in path.absolute().parent.glob(f"{TEMPORARY}{glob.escape(ids.name)}-*")
+    ]
+
+
+@contextmanager
+def _ids_replaced(path: Path, ids: np.ndarray | None) -> Iterator[Callable[[], None]]:
+    """Replaces the ids beside `path`, if there are any, by `ids` (None: none stand there), when `path` is replaced.
+
+    What it yields is to be called when all but the renaming of `path` is done: the ids of before then move aside, for
+    vectors never stand beside those of others. On an error they come back. A kill in this moment leaves ids under a
+    temporary name, by which `read` knows that they are missing.
+    """
+    before, aside, new = None, [], None
+
+    def put_aside() -> None:
+        nonlocal before
+        before = path.stat().st_ino if path.exists() else 0
+        for file in _beside(path):
+            if file.exists():
+                aside.append((file, _temporary_name(file)))
+                rename(*aside[-1])
+
+    try:
+        if ids is not None:
+            target = _beside(path)[ids.dtype == object]
+            new = _temporary_name(target)
+            _write_ids(new, ids)
+            fsync_file(new)
+        yield put_aside
+    finally:
+        if before is not None and path.exists() and path.stat().st_ino != before:
+            if new is not None:
+                rename(new, target)
+            fsync_folder(path.parent)
+            for leftover in _temporary_ids(path):
+                leftover.unlink(missing_ok=True)
+        else:
+            for file, hidden in aside:
+                if hidden.exists():
+                    os.replace(hidden, file)
+            if new is not None:
+                new.unlink(missing_ok=True)
+
+
+def _temporary_name(file: Path) -> Path:
+    return file.with_name(f"{TEMPORARY}{file.name}-{uuid.uuid4().hex[:8]}")
+
+
 def _write_ids(path: Path, ids: np.ndarray) -> None:
     with open(path, "wb") as stream:
         if ids.dtype == np.int64:
             np.save(stream, ids)
         else:
             stream.write(json.dumps(ids.tolist(), ensure_ascii=False).encode())
-
-
-def _remove_ids(path: Path) -> None:
-    """Removes the ids of the file that is about to be replaced: vectors never stand beside others' ids."""
-    for end in _IDS_BESIDE:
-        path.with_suffix(end).unlink(missing_ok=True)

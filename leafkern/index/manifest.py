@@ -1,5 +1,6 @@
 """The manifest of an index: what is in it, and how it is read and checked."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -14,10 +15,13 @@ from leafkern.textio import is_unicode
 FORMAT = "leafkern-index"
 VERSION = 1
 MANIFEST = "manifest.json"
+LARGEST_ID = 2**63 - 1
 KINDS = ("segment", "deleted", "rotation")
 # From fine to coarse: the codes kept for rescoring must be finer than those scanned.
 PRECISIONS = ("float32", "float16", "int8", "int4", "ubinary", "binary")
 RESCORE_PRECISIONS = PRECISIONS[:4]
+_OPTIONAL_STRING = (str, type(None))
+_OPTIONAL_DICT = (dict, type(None))
 _CODE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8, "binary": torch.int8}
 
 
@@ -45,7 +49,10 @@ def checked_rescore(precision: str, rescore: str | None) -> str | None:
 
 def fingerprint(encoder: object) -> str | None:
     """The fingerprint of an `Encoder`, or of one given as such."""
-    return encoder if encoder is None or isinstance(encoder, str) else encoder.fingerprint
+    found = encoder if encoder is None or isinstance(encoder, str) else getattr(encoder, "fingerprint", ...)
+    if not isinstance(found, _OPTIONAL_STRING) or (found is not None and not is_unicode(found)):
+        raise InputError(f"encoder: expected an Encoder or its fingerprint, got {encoder!r:.80}")
+    return found
 
 
 def query_fingerprint(encoder: object, has: str | None) -> str | None:
@@ -69,8 +76,6 @@ def data_files(manifest: dict) -> set[str]:
     return {entry["file"] for entry in entries if entry is not None}
 
 
-_OPTIONAL_STRING = (str, type(None))
-_OPTIONAL_DICT = (dict, type(None))
 _TYPES = {
     "index": str,
     "revision": str,
@@ -97,7 +102,16 @@ def read_manifest(path: Path) -> dict:
     file = path / MANIFEST
     if not file.is_file():
         raise InputError(f"{path}: no index here (there is no {MANIFEST})")
-    manifest = read_json(file, "manifest of an index")
+    return checked(file, read_json(file, "manifest of an index"))
+
+
+def checksum(manifest: dict) -> str:
+    """SHA-256 of all that a manifest says; it stands in the manifest, and is compared by `Index.verify`."""
+    return hashlib.sha256(json.dumps(dict(manifest, sha256=None), sort_keys=True).encode()).hexdigest()
+
+
+def checked(file: Path, manifest: dict) -> dict:
+    """`manifest`, which stands in `file` or is to stand there, unless a reader has to refuse it."""
     if manifest.get("format") != FORMAT:
         raise DamagedFileError(f"{file}: not the manifest of an index (format {manifest.get('format')!r})")
     if manifest.get("version") != VERSION:

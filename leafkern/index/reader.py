@@ -10,16 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from leafkern.errors import DamagedFileError, InputError
 from leafkern.files import confined
 from leafkern.index import segment as segments
-from leafkern.index.manifest import code_dtype, live, read_manifest
+from leafkern.index.manifest import LARGEST_ID, MANIFEST, checksum, code_dtype, live, read_manifest
 from leafkern.index.vectors import rotated
 from leafkern.ops import Quantized, dequantize, search
 from leafkern.ops.quantization import code_width
-from leafkern.ops.retrieval import rescore_candidates
+from leafkern.ops.retrieval import FoldedQueries, checked_query_bits, is_integer, rescore_candidates
 
 # Each attempt that fails means that a writer has replaced files meanwhile.
 _ATTEMPTS = 64
@@ -185,8 +186,8 @@ class Snapshot:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(scores, row numbers) of the best rows for queries float32 (Q, D'); the first stage on `dim` dimensions.
 
-        allowed: bool of all rows, or None. The candidates are the best of all segments together: how rows lie in
-        segments changes no result.
+        allowed: bool of all rows, or None. The candidates are the best of all segments together, by integers where the
+        codes are searched by such: how rows lie in segments changes no result.
         """
         if len(self.segments) == 1 and queries.shape[1] == dim and "rescore" in levels_of(self.manifest):
             queries, coarse, finer = self._stages(queries, dim)
@@ -208,28 +209,27 @@ class Snapshot:
         """What `search_rows` chooses from."""
         queries, coarse, finer = self._stages(queries, dim)
         rescoring = finer is not None
-        if rescoring and query_bits is None and self.manifest["precision"] in ("binary", "ubinary"):
-            query_bits = 8
         keep = k * oversample if rescoring else k
+        best = _FirstStage(queries[:, :dim].contiguous(), query_bits, rescoring)
         found = []
         for part, level in zip(self.segments, coarse):
             inside, count = part.among(allowed)
             if count:
-                scores, rows = search(queries[:, :dim], level, min(keep, count), query_bits=query_bits, allowed=inside)
-                found.append((scores, rows + part.first))
+                order, scores, rows = best(level, min(keep, count), inside)
+                found.append((order, scores, rows + part.first))
         if not found:
             none = np.zeros((len(queries), 0), np.float32)
-            return Candidates(none.astype(np.int64), none, none, keep)
-        scores, rows = (torch.cat(some, dim=1) for some in zip(*found))
+            return Candidates(none.astype(np.int64), none.astype(np.float64), none, keep, rescoring)
+        order, scores, rows = (torch.cat(some, dim=1) for some in zip(*found))
         # Stable, and the segments stand in order: equal scores stay in order of insertion.
-        places = scores.sort(dim=1, descending=True, stable=True).indices[:, :keep]
-        rows, order = rows.gather(1, places).sort(dim=1)
-        scores = fine = scores.gather(1, places).gather(1, order)
+        places = order.sort(dim=1, descending=True, stable=True).indices[:, :keep]
+        rows, rising = rows.gather(1, places).sort(dim=1)
+        order, fine = (values.gather(1, places).gather(1, rising) for values in (order, scores))
         if rescoring:
             fine = self._fine(queries, finer, rows)
             if not torch.isfinite(fine).all():
                 raise InputError("queries: scores overflow float32; scale the queries down")
-        return Candidates(rows.numpy(), scores.numpy(), fine.numpy(), keep)
+        return Candidates(rows.numpy(), order.numpy(), fine.numpy(), keep, rescoring)
 
     def _fine(self, queries: torch.Tensor, levels: list[Quantized], rows: torch.Tensor) -> torch.Tensor:
         """The scores of rows (Q, C) by the segments' `levels`: (Q, C)."""
@@ -319,23 +319,57 @@ class Snapshot:
         ids = [part.live_ids() for part in self.segments]
         if ids and len(pa.chunked_array(ids).unique()) != self.manifest["count"]:
             raise DamagedFileError(f"{self.folder}: some ids occur twice")
+        file, manifest = self.folder / MANIFEST, self.manifest
+        if manifest["ids"] == "int64":
+            highest = max(pc.max(part.ids()).as_py() for part in self.segments)
+            if min(highest, LARGEST_ID - 1) >= manifest["next_id"]:
+                raise DamagedFileError(f"{file}: next_id {manifest['next_id']}, but there is an id {highest}")
+        if manifest.get("sha256", checksum(manifest)) != checksum(manifest):  # earlier versions wrote none
+            raise DamagedFileError(f"{file}: damaged: SHA-256 {checksum(manifest)}, it says {manifest['sha256']}")
+
+
+class _FirstStage:
+    """The best rows of segments' codes for queries float32 (Q, D): (order float64, scores float32, rows) of each."""
+
+    def __init__(self, queries: torch.Tensor, query_bits: int | None, rescoring: bool):
+        self._queries, self._query_bits, self._rescoring = queries, query_bits, rescoring
+        self._folded: FoldedQueries | None = None
+        self._like: Quantized | None = None
+
+    def __call__(
+        self, level: Quantized, k: int, allowed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query_bits = checked_query_bits(level, self._query_bits, self._rescoring)
+        if not is_integer(level):
+            scores, rows = search(self._queries, level, k, allowed=allowed)
+            return scores.double(), scores, rows
+        if self._like is None or not _same_ranges(level, self._like):
+            self._folded, self._like = FoldedQueries.of(self._queries, level, query_bits), level
+        integers, rows = self._folded.search(level.codes, k, allowed)
+        return self._folded.exact(integers), self._folded.scores(integers), rows
+
+
+def _same_ranges(one: Quantized, other: Quantized) -> bool:
+    return one.scale is None or (torch.equal(one.scale, other.scale) and torch.equal(one.offset, other.offset))
 
 
 class Candidates(NamedTuple):
     """What a search chooses from: for each query rows in rising order, and their scores in both stages, all (Q, C).
 
-    coarse, fine: of the first stage and of the second, which decides; without a second one, the same. keep: how many of
-    the best by coarse the second stage sees.
+    coarse: of the first stage, float64, in which those of different integers differ. fine: float32, of the second stage
+    or, without one, of the first. keep: how many of the best by coarse the second stage sees. rescored: whether there
+    is a second one, which decides then.
     """
 
     rows: np.ndarray
     coarse: np.ndarray
     fine: np.ndarray
     keep: int
+    rescored: bool
 
     def best(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(scores, rows) of the k best; equal scores in order of rows."""
-        order = np.argsort(-self.fine, axis=1, kind="stable")[:, :k]
+        order = np.argsort(-(self.fine if self.rescored else self.coarse), axis=1, kind="stable")[:, :k]
         return np.take_along_axis(self.fine, order, 1), np.take_along_axis(self.rows, order, 1)
 
 
@@ -345,9 +379,9 @@ def joined(found: Sequence[Candidates]) -> Candidates:
     What one index would not have kept for the second stage is left out here, too: so no result tells the two apart.
     """
     rows, coarse, fine = (np.concatenate(parts, axis=1) for parts in list(zip(*found))[:3])
-    keep = found[0].keep
+    keep, rescored = found[0].keep, found[0].rescored
     kept = np.sort(np.argsort(-coarse, axis=1, kind="stable")[:, :keep], axis=1)
-    return Candidates(*(np.take_along_axis(values, kept, 1) for values in (rows, coarse, fine)), keep)
+    return Candidates(*(np.take_along_axis(values, kept, 1) for values in (rows, coarse, fine)), keep, rescored)
 
 
 def ranges_of(parts: list[Segment]) -> dict[str, torch.Tensor]:

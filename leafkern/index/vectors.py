@@ -52,6 +52,13 @@ def random_rotation(width: int, seed: int) -> torch.Tensor:
     return torch.from_numpy((q * np.where(np.diag(r) < 0, -1, 1)).astype(np.float32))
 
 
+def _ranges(given: object) -> torch.Tensor:
+    if not isinstance(given, np.ndarray | torch.Tensor):
+        raise InputError(f"ranges: expected a numpy array or torch tensor (2, D), got {type(given).__name__}")
+    given = torch.tensor(given) if isinstance(given, np.ndarray) else given.detach().cpu()  # a copy: it may be mapped
+    return given.float()
+
+
 class Rows:
     """`count` vectors of `width`, from a matrix or from an iterable of matrices (kept in a file meanwhile).
 
@@ -62,7 +69,7 @@ class Rows:
     def __init__(self, vectors: object, folder: Path, width: int | None, given: object = None):
         self._file = None
         self.rotation: torch.Tensor | None = None
-        self._given = None if given is None else torch.as_tensor(given).detach().cpu().float()
+        self._given = None if given is None else _ranges(given)
         if isinstance(vectors, np.ndarray | torch.Tensor):
             self._values = matrix("vectors", vectors)
         elif isinstance(vectors, Iterable):

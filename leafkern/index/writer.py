@@ -13,9 +13,18 @@ import pyarrow.compute as pc
 import torch
 
 from leafkern.errors import DamagedFileError, InputError
-from leafkern.files import remove_file, remove_leftovers, write_json, writing
+from leafkern.files import fsync_folder, remove_file, remove_leftovers, write_json, writing
 from leafkern.index import segment as segments
-from leafkern.index.manifest import MANIFEST, code_dtype, data_files, is_data, read_manifest
+from leafkern.index.manifest import (
+    LARGEST_ID,
+    MANIFEST,
+    checked,
+    checksum,
+    code_dtype,
+    data_files,
+    is_data,
+    read_manifest,
+)
 from leafkern.index.reader import Segment, Snapshot, levels_of, ranges_of
 from leafkern.index.segment import Column
 from leafkern.index.vectors import Rows, check_distinct, id_array
@@ -23,7 +32,6 @@ from leafkern.ops import quantize
 from leafkern.ops.quantization import code_width
 
 _BLOCK_BYTES = 1 << 25
-_LARGEST_ID = 2**63 - 1
 
 
 class _Change:
@@ -43,20 +51,24 @@ class _Change:
 
 
 @contextmanager
-def changing(folder: Path, manifest: dict, *, anew: bool = False) -> Iterator[_Change]:
+def changing(folder: Path, manifest: dict, *, anew: bool = False, newest: bool = False) -> Iterator[_Change]:
     """Holds the writers' lock; at the end, the manifest of what is yielded replaces the one on disk.
 
-    manifest: what is to be changed, refused unless it is the newest; `anew`: whatever there is makes way. On an error
-    the files written are removed.
+    manifest: what is to be changed, refused unless it is the newest; `newest`: the newest state of the same index will
+    do; `anew`: whatever there is makes way. On an error the files written are removed.
     """
     with writing(folder):
-        if not anew and read_manifest(folder)["revision"] != manifest["revision"]:
-            raise InputError(f"{folder}: changed on disk since it was opened; refresh it or open it again")
+        if not anew:
+            found, same = read_manifest(folder), "index" if newest else "revision"
+            if found[same] != manifest[same]:
+                raise InputError(f"{folder}: changed on disk since it was opened; refresh it or open it again")
+            manifest = found
         clean(folder)
         change = _Change(folder, manifest)
         try:
             yield change
-            write_json(folder / MANIFEST, change.manifest)
+            new = dict(change.manifest, sha256=checksum(change.manifest))
+            write_json(folder / MANIFEST, checked(folder / MANIFEST, new))
         except BaseException:
             file = folder / MANIFEST
             content = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
@@ -76,9 +88,11 @@ def clean(folder: Path) -> None:
             named = data_files(read_manifest(folder))
         except (DamagedFileError, InputError):
             return  # about to be replaced by a new build: until then, nothing of it is thrown away
-    for entry in sorted(folder.iterdir()):
-        if is_data(entry.name) and entry.name not in named:
-            remove_file(entry)
+    old = [entry for entry in sorted(folder.iterdir()) if is_data(entry.name) and entry.name not in named]
+    if old:
+        fsync_folder(folder)  # the manifest may be of a writer that was killed before its renaming was durable
+    for entry in old:
+        remove_file(entry)
 
 
 # -- adding ------------------------------------------------------------------------------------------------------------
@@ -88,12 +102,12 @@ def new_ids(snapshot: Snapshot, count: int, ids: object) -> pa.Array:
     """The ids of `count` new rows, checked; None numbers them on from the highest so far."""
     has, next_id = snapshot.manifest["ids"], snapshot.manifest["next_id"]
     if ids is None:
-        if has == "string":
+        if has == "string" and count:
             raise InputError("ids: the index has string ids; give one per vector")
-        if next_id + count - 1 > _LARGEST_ID:
+        if next_id + count - 1 > LARGEST_ID:
             raise InputError(f"ids: {count} more than {next_id - 1} exceed 64 bits; give them")
         ids = np.arange(next_id, next_id + count, dtype=np.int64)
-        if next_id < _LARGEST_ID:  # at its end next_id may have been given already
+        if next_id < LARGEST_ID:  # at its end next_id may have been given already
             return pa.array(ids)
     ids = id_array(ids)
     if len(ids) != count:
@@ -101,7 +115,7 @@ def new_ids(snapshot: Snapshot, count: int, ids: object) -> pa.Array:
     if has is not None and count and _kind(ids) != has:
         raise InputError(f"ids: the index has {has} ids, got {ids[0].as_py()!r}")
     check_distinct(ids)
-    if count == 0 or (has == "int64" and pc.min(ids).as_py() >= next_id and next_id < _LARGEST_ID):
+    if count == 0 or (has == "int64" and pc.min(ids).as_py() >= next_id and next_id < LARGEST_ID):
         return ids  # above all that are there
     again = [part.live_ids() for part in snapshot.segments]
     again = [known.filter(pc.is_in(known, value_set=ids)) for known in again]
@@ -138,7 +152,7 @@ def append(change: _Change, parts: list[Segment], rows: Rows, ids: pa.Array, tex
     manifest["count"] += rows.count
     manifest["ids"] = _kind(ids)
     if manifest["ids"] == "int64":
-        manifest["next_id"] = max(manifest["next_id"], min(pc.max(ids).as_py(), _LARGEST_ID - 1) + 1)
+        manifest["next_id"] = max(manifest["next_id"], min(pc.max(ids).as_py(), LARGEST_ID - 1) + 1)
 
 
 def _add_segment(change: _Change, entries: list[dict], columns: dict[str, Column], rows: int) -> None:

@@ -4,7 +4,23 @@ import json
 import random
 
 _VALUES = [None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63) - 1, 10**400, 0.5, -0.0, 1e308, "", "a", "\x00"]
-_VALUES += ["../x", "/etc/passwd", "manifest.json", "\ud800", "F32", "I64", "int8", "rows", [], {}, [0], [[]], {"": {}}]
+_VALUES += [
+    "../x",
+    "/etc/passwd",
+    "manifest.json",
+    "\ud800",
+    "F32",
+    "I64",
+    "int8",
+    "rows",
+    "BF16",
+    "F64",
+    [],
+    {},
+    [0],
+    [[]],
+    {"": {}},
+]
 
 
 def mutated(data: bytes, chance: random.Random) -> bytes:

@@ -17,7 +17,10 @@ from leafkern.errors import InputError
 from leafkern.index import exchange, faiss_flat
 from leafkern.ops import dequantize, quantize
 
-faiss = pytest.importorskip("faiss")
+
+@pytest.fixture
+def faiss():
+    return pytest.importorskip("faiss")
 
 
 def unit(n, d=24):
@@ -39,7 +42,7 @@ def built(path, source, **options):
 @pytest.mark.parametrize("rows", [0, 1, 37])
 @pytest.mark.parametrize("ids", [None, "IndexIDMap", "IndexIDMap2"])
 @pytest.mark.parametrize("name", ["IndexFlatIP", "IndexFlatL2", "IndexBinaryFlat"])
-def test_faiss_writes_we_read(tmp_path, name, ids, rows):
+def test_faiss_writes_we_read(tmp_path, name, ids, rows, faiss):
     binary = name == "IndexBinaryFlat"
     x, numbers = bits(rows) if binary else unit(rows), np.random.default_rng().permutation(rows) - 5
     index = getattr(faiss, name)(24)
@@ -62,7 +65,7 @@ def test_faiss_writes_we_read(tmp_path, name, ids, rows):
 @pytest.mark.parametrize("rows", [0, 1, 37])
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("binary", [False, True])
-def test_we_write_faiss_reads(tmp_path, binary, mapped, rows):
+def test_we_write_faiss_reads(tmp_path, binary, mapped, rows, faiss):
     x, queries = (bits(rows), bits(3)) if binary else (unit(rows), unit(3))
     ids = np.random.default_rng().permutation(rows) * 2**40 if mapped else None
     with open(tmp_path / "x.faiss", "wb") as stream:
@@ -86,7 +89,7 @@ def flat_file(binary=False, ids=None, rows=5):
     return stream.getvalue()
 
 
-def test_other_faiss_files_are_refused(tmp_path):
+def test_other_faiss_files_are_refused(tmp_path, faiss):
     path = tmp_path / "x.faiss"
 
     def refused(content, message):
@@ -161,7 +164,7 @@ def test_round_trip(tmp_path, kind, ids, monkeypatch):
     if kind == ".parquet" or (kind == ".faiss" and ids == "int64"):
         assert beside == [path.name]
     else:
-        assert beside == sorted([path.name, "out.ids.json" if ids == "string" else "out.ids.npy"])
+        assert beside == sorted([path.name, f"{path.name}.ids.{'json' if ids == 'string' else 'npy'}"])
     # Over an earlier file: no ids of others stay beside it.
     other, _, names, _ = removed(tmp_path / "other", ids="int64" if ids == "string" else "string")
     exchange.export(other, path)
@@ -189,7 +192,7 @@ def test_what_the_finest_codes_hold(tmp_path, precision, rescore, rotate):
 
 
 @pytest.mark.parametrize("precision", ["binary", "ubinary"])
-def test_bits(tmp_path, precision):
+def test_bits(tmp_path, precision, faiss):
     x = unit(70)
     index = Index.build(tmp_path / "i", x, precision=precision, rescore=None)
     codes = quantize(torch.from_numpy(x), "ubinary").codes.numpy()
@@ -218,7 +221,7 @@ def test_no_rows(tmp_path, kind):
     assert (len(again), again.width) == (0, 24)
 
 
-def test_l2_of_unequal_lengths_is_said(tmp_path):
+def test_l2_of_unequal_lengths_is_said(tmp_path, faiss):
     path = str(tmp_path / "x.faiss")
     flat = faiss.IndexFlatL2(24)
     flat.add(unit(30))
@@ -272,7 +275,7 @@ def test_parquet_of_others(tmp_path):
 
 def test_ids_beside(tmp_path):
     np.save(tmp_path / "v.npy", unit(3))
-    array, strings = tmp_path / "v.ids.npy", tmp_path / "v.ids.json"
+    array, strings = tmp_path / "v.npy.ids.npy", tmp_path / "v.npy.ids.json"
 
     def refused(file, content, message):
         file.write_bytes(content)
@@ -293,7 +296,7 @@ def test_ids_beside(tmp_path):
         refused(array, stream.getvalue(), "expected a list of ids")
     np.save(array, np.arange(3))
     strings.write_text("[]")
-    with pytest.raises(InputError, match=r"both v\.ids\.npy and v\.ids\.json stand beside it"):
+    with pytest.raises(InputError, match=r"both v\.npy\.ids\.npy and v\.npy\.ids\.json stand beside it"):
         exchange.read(tmp_path / "v.npy")
     strings.unlink()
     np.save(array, np.array([3, 4, 3], np.int16))
@@ -317,34 +320,91 @@ def test_export_refuses(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["i"]
 
 
+def test_files_of_one_stem_keep_their_own_ids(tmp_path):
+    index, _, names, _ = removed(tmp_path / "i", ids="int64")
+    for kind in (".npy", ".safetensors", ".faiss"):
+        exchange.export(index, tmp_path / f"v{kind}")
+    other = Index.build(tmp_path / "j", unit(46), ids=[f"n{row}" for row in range(46)])
+    exchange.export(other, tmp_path / "v.safetensors")
+    for kind in (".npy", ".faiss"):
+        assert exchange.read(tmp_path / f"v{kind}").ids.to_pylist() == list(names)
+    assert exchange.read(tmp_path / "v.safetensors").ids[45].as_py() == "n45"
+
+
+def test_export_shows_one_state(tmp_path, monkeypatch):
+    """A handle that somebody compacts or refreshes under way: the rows' vectors stay beside their own ids."""
+    monkeypatch.setattr(exchange, "BLOCK_ROWS", 16)
+    index, x, names, words = removed(tmp_path / "i", ids="int64")
+    shown = index.pinned()
+    exchange.export(index, tmp_path / "v.parquet", progress=lambda what, done, total: index.compact())
+    assert (index.row_count, shown.row_count) == (46, 50)
+    found = pq.read_table(tmp_path / "v.parquet")
+    assert found["id"].to_pylist() == list(names)
+    assert found["text"].to_pylist() == list(words)
+    np.testing.assert_array_equal(np.array(found["vector"].to_pylist(), np.float32), x)
+    rows = shown.search_rows(x, 1)[1][:, 0]
+    assert list(shown.texts_at(rows)) == list(words)
+
+
+@pytest.mark.parametrize("ids", ["string", "int64", "plain"])
 @pytest.mark.parametrize("kind", [".npy", ".parquet", ".faiss"])
-def test_a_crash_leaves_the_files_of_before(tmp_path, kind, monkeypatch):
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_crash_leaves_the_files_of_before(tmp_path, kind, ids, killed, monkeypatch):
+    """At every step: the file of before or the new one, each with its own ids; of a killed export perhaps a refusal."""
     path = tmp_path / f"v{kind}"
     first = removed(tmp_path / "i")[0]
-    second = removed(tmp_path / "j", rows=60)[0]
-    exchange.export(first, path)
-    before = {entry.name: entry.read_bytes() for entry in tmp_path.glob("v.*")}
-    steps = []
-    monkeypatch.setattr(files, "on_step", lambda name, _: steps.append(name))
+    second = Index.build(tmp_path / "j", unit(60)) if ids == "plain" else removed(tmp_path / "j", ids=ids, rows=60)[0]
+
+    def standing():
+        source = exchange.read(path, ids_field="id" if kind == ".parquet" else None)
+        given = None if source.ids is None else source.ids.to_pylist()
+        return np.concatenate(list(source.vectors)).tobytes(), given
+
+    def kept():
+        return {entry.name: entry.read_bytes() for entry in tmp_path.iterdir() if entry.is_file()}
+
     exchange.export(second, path)
+    after = standing()
     exchange.export(first, path)
-    for place in range(steps.index("rename")):
+    before, bytes_before = standing(), kept()
+    assert len(bytes_before) == (1 if kind == ".parquet" else 2)
+    seen = []
+    for place in range(100):
         taken = []
 
-        def crash(name, _, taken=taken, place=place):
-            taken.append(name)
+        def crash(name, where, taken=taken, place=place):
+            taken.append((name, where.name))
             if len(taken) > place:
                 raise ZeroDivisionError
 
-        monkeypatch.setattr(files, "on_step", crash)
-        with pytest.raises(ZeroDivisionError):
-            exchange.export(second, path)
-        monkeypatch.undo()
-        after = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir() if entry.is_file()}
-        ids_gone = set(before) - set(after)
-        assert after == {name: content for name, content in before.items() if name not in ids_gone}
-        assert ids_gone <= {"v.ids.json"}  # vectors without ids at worst, never with those of others
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "on_step", crash)
+            if killed:  # nothing is put right afterwards
+                patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+            try:
+                exchange.export(second, path)
+            except ZeroDivisionError:
+                pass
+            else:
+                break
+        renamed = ("rename", path.name) in taken[:-1]
+        if not killed:
+            assert renamed or kept() == bytes_before
+        found, message = None, ""
+        try:
+            found = standing()
+        except InputError as error:
+            message = str(error)
+        assert found or (renamed and "an export to it was cut off and its ids are missing" in message)
+        seen.append(found)
+        assert found in (before, after, None)
+        assert renamed or found == before
         exchange.export(first, path)
+        assert not killed or kept().keys() >= bytes_before.keys()
+        assert standing() == before
+    exchange.export(second, path)
+    assert standing() == after
+    assert before in seen
 
 
 @pytest.mark.slow
@@ -387,5 +447,7 @@ def test_memory_holds_blocks_only(tmp_path, monkeypatch):
         lambda: exchange.export(Index.open(tmp_path / "i"), tmp_path / "y.parquet"),
         lambda: exchange.export(Index.open(tmp_path / "i"), tmp_path / "y.faiss"),
         lambda: built(tmp_path / "j", exchange.read(tmp_path / "y.faiss")),
+        lambda: exchange.export(Index.open(tmp_path / "i"), tmp_path / "y.safetensors"),
+        lambda: built(tmp_path / "j", exchange.read(tmp_path / "y.safetensors")),
     ):
         assert growth(step) < 40  # MiB

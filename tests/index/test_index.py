@@ -111,7 +111,9 @@ def test_ranges_given(tmp_path):
     ranges = calibrate(torch.from_numpy(x), "int8")
     with pytest.raises(InputError, match=r"vectors: row 0 has norm 5 .* give ranges=calibrate"):
         Index.build(tmp_path / "i", x[:9])
-    for given in (ranges, ranges.numpy().astype(np.float64)):
+    mapped = ranges.numpy().copy()
+    mapped.flags.writeable = False
+    for given in (ranges, ranges.numpy().astype(np.float64), mapped):
         index = Index.build(tmp_path / "i", x[:9], ranges=given)
         expected = quantize(torch.from_numpy(x[:9]), "int8", ranges=ranges)
         assert torch.equal(tensors_of(index)["codes"], expected.codes)
@@ -119,6 +121,7 @@ def test_ranges_given(tmp_path):
     for part in Index.open(tmp_path / "i")._state.segments:
         assert torch.equal(part.tensors["codes_ranges"], ranges)
     for options, message in (
+        ({"ranges": "abc"}, "ranges: expected a numpy array or torch tensor"),
         ({"ranges": ranges[:, :3]}, r"ranges: expected shape \(2, 24\)"),
         ({"ranges": ranges, "precision": "binary"}, "ranges: an index of binary has no int8 or int4 codes"),
         ({"ranges": ranges, "vectors": x[:0]}, "ranges: an empty index"),
@@ -151,6 +154,13 @@ def test_ids_texts_and_order(tmp_path):
         assert list(index.texts_at(index.rows())) == ["zwei ✓", "", "five", "six"]
         index.verify()
         index.compact()
+
+
+def test_nothing_added_to_string_ids(tmp_path):
+    index = Index.build(tmp_path / "i", unit(3), ids=["a", "b", "c"])
+    assert index.add(unit(0)) == 0
+    with pytest.raises(InputError, match="ids: the index has string ids"):
+        index.add(unit(1))
 
 
 def test_integer_ids_number_on(tmp_path):
@@ -246,6 +256,40 @@ def test_a_stale_handle_does_not_undo_another_writer(tmp_path):
     with pytest.raises(InputError, match="changed on disk since it was opened"):
         second.remove([0])
     assert len(Index.open(tmp_path / "i")) == 122
+
+
+def test_added_to_what_others_made_of_it(tmp_path):
+    """Vectors that took hours to encode are not lost to a change meanwhile, unless they come with a source."""
+    x = unit(200)
+    first = Index.build(tmp_path / "i", x[:0], rotate=True)
+    second = Index.open(tmp_path / "i")
+    first.add(x[:120])
+    first.remove([7])
+    with pytest.warns(ClippedWarning):  # the ranges are those of the first
+        assert second.add(x[120:150]) > 0
+    assert second.ids_at(second.rows()).tolist() == [*range(7), *range(8, 150)]
+    assert second.search(x[120:150], 1)[1][:, 0].tolist() == list(range(120, 150))
+    second.verify()
+    with pytest.raises(InputError, match="ids: 130 is already in the index"):
+        first.add(x[:2], ids=[500, 130])
+    with pytest.raises(InputError, match="changed on disk since it was opened"):
+        first.add(x[:2], source={"rows": 2})
+    Index.build(tmp_path / "i", x[:120])
+    with pytest.raises(InputError, match="changed on disk since it was opened"):
+        second.add(x[150:])
+    assert len(Index.open(tmp_path / "i")) == 120
+    assert len(list((tmp_path / "i").iterdir())) == 2
+
+
+def test_a_failing_build_beside_another(tmp_path):
+    x = unit(120)
+
+    def blocks():
+        yield x
+        with pytest.raises(InputError, match="row 0 holds NaN"):
+            Index.build(tmp_path / "a" / "i", x * np.nan)
+
+    assert len(Index.build(tmp_path / "a" / "i", blocks())) == 120
 
 
 def test_one_writer_at_a_time(tmp_path, monkeypatch):
@@ -352,6 +396,52 @@ def test_damaged_manifests(tmp_path, change, error, message):
     (tmp_path / "i" / "manifest.json").write_text(json.dumps(manifest | change))
     with pytest.raises(error, match=message):
         Index.open(tmp_path / "i")
+
+
+def test_verify_reads_the_manifest(tmp_path):
+    index = Index.build(tmp_path / "i", unit(120), prompt="query: ", source={"file": "a"})
+    index.remove([119])
+    index.verify()
+    file = tmp_path / "i" / "manifest.json"
+    whole = json.loads(file.read_text())
+    for change, message in (
+        ({"next_id": 20}, "manifest.json: next_id 20, but there is an id 119"),
+        ({"next_id": 119}, "manifest.json: next_id 119, but there is an id 119"),
+        ({"prompt": "Query: "}, "manifest.json: damaged: SHA-256"),
+        ({"source": {"file": "b"}}, "manifest.json: damaged: SHA-256"),
+    ):
+        file.write_text(json.dumps(whole | change))
+        damaged(tmp_path / "i", message, verify=True)
+    del whole["sha256"]  # as earlier versions wrote it
+    file.write_text(json.dumps(whole))
+    Index.open(tmp_path / "i").verify()
+    for highest in (2**63 - 2, 2**63 - 1):
+        index = Index.build(tmp_path / "j", unit(120), ids=[*range(119), highest])
+        index.verify()
+
+
+def test_what_no_reader_would_take_is_not_written(tmp_path):
+    x = unit(120)
+    Index.build(tmp_path / "i", x)
+    before = {entry.name: entry.read_bytes() for entry in (tmp_path / "i").iterdir()}
+
+    class Encoder:
+        fingerprint = 7
+
+    for options, message in (
+        ({"prompt": 5}, "prompt: expected the text put before each document, or None; got 5"),
+        ({"prompt": True}, "prompt: expected"),
+        ({"prompt": ["query: "]}, "prompt: expected"),
+        ({"prompt": b"query"}, "prompt: expected"),
+        ({"prompt": "\ud800"}, "prompt: expected"),
+        ({"encoder": Encoder()}, "encoder: expected an Encoder or its fingerprint"),
+        ({"encoder": 5}, "encoder: expected an Encoder or its fingerprint"),
+        ({"encoder": "\ud800"}, "encoder: expected an Encoder or its fingerprint"),
+        ({"width": 23}, "width: 23, but the vectors have width 24"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Index.build(tmp_path / "i", x, **options)
+        assert {entry.name: entry.read_bytes() for entry in (tmp_path / "i").iterdir()} == before
 
 
 def test_manifest_paths_are_confined(tmp_path):

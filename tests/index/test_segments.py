@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from leafkern import Index
 from leafkern.errors import DamagedFileError, InputError
 from leafkern.index import PRECISIONS
+from leafkern.index.shards import Shards
 from leafkern.index.vectors import random_rotation
 from leafkern.ops import calibrate, quantize, search
 from leafkern.ops.retrieval import rescore_candidates
@@ -117,6 +118,34 @@ def test_any_history_equals_one_build(tmp_path_factory, operations, precision, r
         expected_scores, expected = whole.search(queries, k, query_bits=query_bits, oversample=2)
         assert found.tolist() == expected.tolist()
         np.testing.assert_array_equal(scores, expected_scores)
+
+
+@pytest.mark.parametrize("rescore", [None, "float32"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_segments_and_shards_tell_apart_what_float32_does_not(tmp_path, precision, rescore):
+    """Offsets that far outweigh what a code is worth: scores of different integers are equal in float32."""
+    rng = np.random.default_rng()
+    x = rng.random((400, 4)).astype(np.float32)
+    x[:, 0] += 1_000_000
+    ranges = np.float32([[1e6, 0, 0, 0], [1e6, 1, 1, 1]])
+    queries = np.float32(rng.random((7, 4)) + 0.5)
+    base, fine = quantize(torch.from_numpy(x), precision, ranges=torch.from_numpy(ranges)), torch.from_numpy(x)
+    options = {"precision": precision, "rescore": rescore, "ranges": ranges}
+    index = Index.build(tmp_path / "i", x[:30], **options)
+    for start, stop in ((30, 31), (31, 250), (250, 400)):
+        index.add(x[start:stop])
+    Index.build(tmp_path / "a", x[:30], **options)
+    other = Index.build(tmp_path / "b", x[30:240], ids=range(30, 240), **options)
+    other.add(x[240:], ids=range(240, 400))
+    whole = Index.build(tmp_path / "whole", x, **options)
+    shards = Shards.open([tmp_path / "a", tmp_path / "b"])
+    for k in (1, 2, 9, 400):
+        scores, rows = search(torch.from_numpy(queries), base, k, rescore=None if rescore is None else fine)
+        assert k < 400 or rescore or (scores[:, 1:] == scores[:, :-1]).float().mean() > 0.5
+        for searched in (whole, index, shards):
+            found = searched.search(queries, k)
+            np.testing.assert_array_equal(found[1], rows.numpy())
+            np.testing.assert_array_equal(found[0], scores.numpy())
 
 
 def test_row_numbers_stay_until_compaction(tmp_path):

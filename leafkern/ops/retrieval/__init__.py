@@ -1,6 +1,7 @@
 """Exact search: the best dot products of queries with a base of vectors, quantised or not."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -210,33 +211,78 @@ def _fp8_search(
     return reference.blocked_float(codes.float() * scale[:, None], rows, len(base), k, _finite_scores, allowed)
 
 
+class FoldedQueries(NamedTuple):
+    """Queries as integer codes take them: a row's score is bias + a * I, I its integer score with u.
+
+    u int8 (Q, D); a, bias float32 (Q,), None: 1 and 0.
+    """
+
+    u: torch.Tensor
+    a: torch.Tensor | None
+    bias: torch.Tensor | None
+    bits: int
+    query_bits: int
+
+    @classmethod
+    def of(cls, queries: torch.Tensor, base: Quantized, query_bits: int) -> "FoldedQueries":
+        """For all bases of the same precision and ranges."""
+        if base.dim >= MAX_DIM:
+            raise InputError(f"base: width {base.dim}; below {MAX_DIM} is expected, where integer scores fit 32 bits")
+        bits = _BITS[base.precision]
+        if base.precision in ("int8", "int4"):
+            scale, offset = base.scale.to(queries.device), base.offset.to(queries.device)
+            w = queries * scale
+            _check_fits(w, "its products with the scale of the codes")
+            return cls(*fold(w), (queries * offset).sum(1), bits, 8)
+        if query_bits == 8:
+            return cls(*fold(queries), None, bits, 8)
+        return cls(torch.where(queries > 0, 1, -1).to(torch.int8), None, None, bits, 1)
+
+    def search(
+        self, codes: torch.Tensor, k: int, allowed: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `integer_search`."""
+        return integer_search(self.u, codes, k, self.bits, self.query_bits, allowed)
+
+    def scores(self, integers: torch.Tensor, none: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 scores of integer ones (Q, C). none: bool (Q, C), where there is no row."""
+        scores = integers.float()
+        if self.a is not None:
+            scores *= self.a[:, None]
+            scores = scores if self.bias is None else scores + self.bias[:, None]
+            _check_fits(scores if none is None else scores.masked_fill(none, 0), "its scores")
+        return scores if none is None else scores.masked_fill(none, -torch.inf)
+
+    def exact(self, integers: torch.Tensor) -> torch.Tensor:
+        """The same in float64, where the scores of two integers don't round to one."""
+        scores = integers.double()
+        scores = scores if self.a is None else scores * self.a.double()[:, None]
+        return scores if self.bias is None else scores + self.bias.double()[:, None]
+
+
+def is_integer(base: torch.Tensor | Quantized) -> bool:
+    """Whether `base` is searched by integers, as `FoldedQueries` says."""
+    return isinstance(base, Quantized) and base.precision in _BITS
+
+
+def checked_query_bits(base: torch.Tensor | Quantized, query_bits: object, rescoring: bool) -> int:
+    """`query_bits` of `search` with None as 1 or 8, or an InputError."""
+    binary = isinstance(base, Quantized) and base.precision in ("binary", "ubinary")
+    if query_bits is not None and (query_bits not in (1, 8) or not binary):
+        raise InputError(f"query_bits: expected None, or 1 or 8 with a binary base; got {query_bits!r}")
+    return query_bits or (8 if rescoring or not binary else 1)
+
+
 def _first_stage(
     queries: torch.Tensor, base: torch.Tensor | Quantized, k: int, query_bits: int, allowed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(base, Quantized) and base.precision == "fp8":
         return _fp8_search(queries, base, k, allowed)
-    if not isinstance(base, Quantized) or base.precision not in _BITS:
+    if not is_integer(base):
         return float_search(queries, base.codes if isinstance(base, Quantized) else base.detach(), k, allowed)
-    if base.dim >= MAX_DIM:
-        raise InputError(f"base: width {base.dim}; below {MAX_DIM} is expected, where integer scores fit 32 bits")
-    if base.precision in ("int8", "int4"):
-        scale, offset = base.scale.to(queries.device), base.offset.to(queries.device)
-        w = queries * scale
-        _check_fits(w, "its products with the scale of the codes")
-        u, a = fold(w)
-        bias = (queries * offset).sum(1)
-    elif query_bits == 8:
-        (u, a), bias = fold(queries), None
-    else:
-        u, a, bias = torch.where(queries > 0, 1, -1).to(torch.int8), None, None
-    integers, ids = integer_search(u, base.codes, k, _BITS[base.precision], query_bits, allowed)
-    none = None if allowed is None else ids < 0
-    scores = integers.float()
-    if a is not None:
-        scores *= a[:, None]
-        scores = scores if bias is None else scores + bias[:, None]
-        _check_fits(scores if none is None else scores.masked_fill(none, 0), "its scores")
-    return (scores if none is None else scores.masked_fill(none, -torch.inf)), ids
+    folded = FoldedQueries.of(queries, base, query_bits)
+    integers, ids = folded.search(base.codes, k, allowed)
+    return folded.scores(integers, None if allowed is None else ids < 0), ids
 
 
 def _rescore(
@@ -334,14 +380,11 @@ def search(
         if _size(level)[0] != _size(base)[0]:
             raise InputError(f"{name}: {_size(level)[0]} rows, but base has {_size(base)[0]}; the same are expected")
     _check_allowed(allowed, _size(base)[0], (base.codes if isinstance(base, Quantized) else base).device)
-    binary = isinstance(base, Quantized) and base.precision in ("binary", "ubinary")
-    if query_bits is not None and (query_bits not in (1, 8) or not binary):
-        raise InputError(f"query_bits: expected None, or 1 or 8 with a binary base; got {query_bits!r}")
+    query_bits = checked_query_bits(base, query_bits, bool(levels))
     queries = queries.detach().float()
     check_finite_rows("queries", queries)
 
     levels = [level if isinstance(level, Quantized) else level.detach() for level in levels]
-    query_bits = query_bits or (8 if levels or not binary else 1)
     keep = k * oversample if levels else k
     scores, ids = _first_stage(queries, base, keep, query_bits, allowed)
     for place, (name, level) in enumerate(zip(names, levels), start=1):
