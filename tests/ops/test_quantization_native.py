@@ -123,3 +123,13 @@ def test_native_serves(monkeypatch, precision):
     assert torch.equal(quantize(x, precision).codes, reference.codes(x, precision, ranges))
     with pytest.raises(BackendError, match="can't serve this call"):
         quantize(x.double(), precision)
+
+
+@each_precision
+def test_lazily_negated_views(precision):
+    # Memory holds the other sign.
+    x = torch.randn(120, 24)
+    negated = torch._neg_view(x)
+    assert torch.equal(quantize(negated, precision).codes, quantize(-x, precision).codes)
+    if precision in reference.LEVELS:
+        assert torch.equal(calibrate(negated, precision), calibrate(-x, precision))
