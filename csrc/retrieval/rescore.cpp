@@ -58,6 +58,7 @@ struct Rescoring {
         std::sort(ids, ids + a.count);
         int32_t kept = 0, threshold = INT_MIN;
         Keeper keeper{best, &kept, &threshold, a.k, nullptr};
+        if (a.bias != nullptr) keeper.bias = a.bias[query];
         int64_t asked = std::lower_bound(ids, ids + a.count, 0) - ids;
         for (int64_t place = asked; place < a.count; ++place) {
             while (asked < std::min(place + kAhead, a.count)) ask_for(ids[asked++]);

@@ -14,7 +14,7 @@ namespace leafkern {
 namespace {
 
 constexpr size_t kQueryBytes = 384 << 10;     // packed queries stay in the second-level cache
-constexpr size_t kKeeperBytes = 64 << 20;
+constexpr int64_t kMostQueries = 512;         // of a block: 32 MB of keys per thread, where k is kMaxK
 constexpr int64_t kChunkBytes = 4 << 20;      // of base, claimed by a thread at a time: shorter streams are slower
 constexpr int64_t kThreadWork = 1 << 20;      // bytes of base times queries below which a thread is not worth waking
 constexpr int64_t kGap = 64;                  // rows of which none is allowed that are worth passing over
@@ -46,10 +46,10 @@ struct Layout {
         tail = std::min(a.count, (excess + a.stride - 1) / std::max<int64_t>(a.stride, 1));
         const int64_t work = a.count * row * std::max<int64_t>(a.queries, 1);
         slots = static_cast<int>(std::clamp<int64_t>(work / kThreadWork, 1, std::max(a.threads, 1)));
-        const int64_t by_keepers = kKeeperBytes / (sizeof(int64_t) * a.k * slots);
         const int64_t query_bytes = form.packed_size(a.dim, 64) / 64;
-        block = std::clamp<int64_t>(kQueryBytes / query_bytes / 16 * 16, 16, 1536);
-        block = std::max<int64_t>(1, std::min({block, by_keepers, a.queries}));
+        // Of D and the number of queries alone: float scores depend on how many queries are scored together.
+        block = std::clamp<int64_t>(kQueryBytes / query_bytes / 16 * 16, 16, kMostQueries);
+        block = std::max<int64_t>(1, std::min(block, a.queries));
         packed = aligned(form.packed_size(a.dim, static_cast<int>(block)));
         scratch = aligned(form.scratch_size(a.dim, static_cast<int>(block)));
         tail_rows = aligned(tail * row);
@@ -84,7 +84,8 @@ struct Pass {
             if (a.allowed != nullptr) {
                 const uint8_t* allowed = a.allowed + first;
                 const auto none = [&](int64_t from, int64_t to) {
-                    return std::memchr(allowed + from, 1, to - from) == nullptr;
+                    static constexpr uint8_t kNone[kGap] = {};
+                    return std::memcmp(allowed + from, kNone, to - from) == 0;
                 };
                 while (begin < end && none(begin, std::min(begin + kGap, end))) begin = std::min(begin + kGap, end);
                 for (stop = begin; stop < end && !none(stop, std::min(stop + kGap, end));)

@@ -25,7 +25,7 @@ enum class Form { int8 = 0, int4 = 1, bits = 2, hamming = 3, float32 = 4, float1
 constexpr int kForms = 7;
 
 constexpr int kMaxDim = 131072;
-constexpr int kMaxK = 2048;
+constexpr int kMaxK = 8192;
 
 // The best k of each query in one thread's share: keys (score, lower id first) as min-heaps.
 struct Keeper {
@@ -34,6 +34,7 @@ struct Keeper {
     int32_t* thresholds;  // (queries,): only higher scores enter; INT32_MIN until k are kept
     int k;
     const uint8_t* allowed;  // per row number, whether it may be kept; null: all may
+    float bias = 0;          // added to each float score; not 0 for one query alone
     bool finite = true;      // false once a score was met that is not
 };
 
@@ -72,7 +73,7 @@ struct SearchArguments {
     int64_t queries;
     const uint8_t* rows;  // (count, ...), each row contiguous, `stride` bytes apart
     int64_t count, stride;
-    const uint8_t* allowed;  // (count,), 0 or 1: rows that may be found; null: all
+    const uint8_t* allowed;  // (count,), not 0: rows that may be found; null: all
     int k;                   // <= min(count, kMaxK)
     int threads;
     int32_t* scores;  // (queries, k), bits of floats for the float forms; INT32_MIN, -inf where fewer rows are allowed
@@ -96,6 +97,7 @@ struct RescoreArguments {
     Form form;  // float32, float16 or whole8
     int dim;
     const float* given;  // (queries, dim), contiguous
+    const float* bias;   // (queries,), added to each score; null: nothing
     int64_t queries;
     const uint8_t* rows;  // each row contiguous, `stride` bytes apart
     int64_t stride;

@@ -150,8 +150,8 @@ def test_rows_may_be_a_view():
         scores, ids = integer_search(u, codes, 7, 8, 8) if usable else reference.blocked(u, codes, 7, 8)
         assert torch.equal(scores.double(), expected[0])
         assert torch.equal(ids, expected[1])
-    assert native.unsuited(u, wide[:50].T, 7) == "codes whose rows are not contiguous"
-    assert native.unsuited(u, wide[:50].T[:1], 7) == "codes whose rows are not contiguous"
+    for wrong in (wide[:50].T, wide[:50].T[:1]):
+        assert native.unsuited(u, wrong, 7).startswith("rows of strides (1, 120): expected adjacent entries")
 
 
 @needs_native
@@ -409,19 +409,30 @@ def test_forced_backends(monkeypatch):
     if C is not None:
         monkeypatch.setenv("LEAFKERN_BACKEND", "native")
         assert all(torch.equal(a, b) for a, b in zip(free, search(queries, base, 5)))
-        with pytest.raises(BackendError, match=r"above 2048"):
-            search(queries, quantize(unit(3000, 24), "int8"), 2049)
+        with pytest.raises(BackendError, match=r"above 8192"):
+            search(queries, quantize(unit(9000, 24), "int8"), 8193)
         with pytest.raises(BackendError, match="retrieval=native"):
             search(queries, unit(10, 24).double(), 1)
 
 
 @needs_native
 def test_large_k_falls_back_with_a_warning():
-    base = quantize(unit(3000, 24), "int8")
-    with pytest.warns(FallbackWarning, match="k = 2500, above 2048"):
-        scores, ids = search(unit(3, 24), base, 2500)
-    assert scores.shape == (3, 2500)
-    assert all(len(set(row.tolist())) == 2500 for row in ids)
+    base = quantize(unit(9000, 24), "int8")
+    with pytest.warns(FallbackWarning, match="k = 8500, above 8192"):
+        scores, ids = search(unit(3, 24), base, 8500)
+    assert scores.shape == (3, 8500)
+    assert all(len(set(row.tolist())) == 8500 for row in ids)
+
+
+@needs_native
+@pytest.mark.parametrize("precision", ["int8", "binary", "float16"])
+def test_largest_k_is_rescored_by_the_kernels(monkeypatch, precision):
+    monkeypatch.setenv("LEAFKERN_BACKEND", "retrieval=native")
+    base, queries = unit(9000, 24), unit(3, 24)
+    scores, ids = search(queries, quantize(base, precision), 2048, oversample=4, rescore=base)
+    exact = reference.brute(queries, base, 2048)[0] if precision != "binary" else scores.double()
+    torch.testing.assert_close(scores.double(), exact, rtol=0, atol=1e-6)
+    torch.testing.assert_close((queries @ base.T).gather(1, ids), scores, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -430,17 +441,28 @@ def test_large_k_falls_back_with_a_warning():
         ({"u": torch.zeros(2, 20)}, "u: expected dtype int8"),
         ({"u": torch.zeros(20, dtype=torch.int8)}, "u: expected 2 dimensions"),
         ({"u": torch.zeros(2, 21, dtype=torch.int8)}, r"21 dimensions at 8 bits take 21 columns; got shape \(50, 20\)"),
-        ({"bits": 4}, "take 10 columns"),
+        ({"bits": 4, "codes": random_codes(50, 20, 4).repeat(1, 2)}, "take 10 columns"),
         ({"bits": 1}, "take 3 columns"),
         ({"bits": 2}, "bits, query_bits"),
         ({"query_bits": 3}, "bits, query_bits"),
-        ({"codes": torch.zeros(50, 20, dtype=torch.int32)}, "codes: expected dtype int8, uint8"),
+        ({"codes": torch.zeros(50, 20, dtype=torch.int32)}, "codes: expected dtype int8; got int32"),
         ({"codes": torch.zeros(1000, dtype=torch.int8)}, "codes: expected 2 dimensions"),
         ({"k": 0}, "k: expected an int >= 1"),
+        ({"codes": random_codes(50, 20, 8).view(torch.uint8)}, "codes: expected dtype int8; got uint8"),
+        ({"bits": 4, "codes": random_codes(50, 10, 8)}, "codes: expected dtype uint8; got int8"),
+        ({"u": torch.full((2, 20), 64, dtype=torch.int8)}, r"u: expected values in \[-63, 63\], got 64 to 64"),
+        ({"u": torch.full((2, 20), -128, dtype=torch.int8)}, r"u: expected values in \[-63, 63\], got -128 to -128"),
+        ({"query_bits": 1}, "u: expected values 1 and -1 for query_bits=1"),
     ],
 )
 def test_registered_operation_refuses_what_it_would_misread(change, message):
-    good = {"u": random_queries(2, 20, 8), "codes": random_codes(50, 20, 8), "k": 4, "bits": 8, "query_bits": 8}
+    good = {
+        "u": random_queries(2, 20, 8).masked_fill_(torch.eye(2, 20).bool(), 0),
+        "codes": random_codes(50, 20, 8),
+        "k": 4,
+        "bits": 8,
+        "query_bits": 8,
+    }
     torch.ops.leafkern.integer_search(*good.values())
     with pytest.raises(InputError, match=message):
         torch.ops.leafkern.integer_search(*(good | change).values())

@@ -98,6 +98,14 @@ def test_other_rows_do_no_harm():
         search(Q, base, 3, allowed=~allowed)
 
 
+def test_any_byte_but_0_is_true():
+    allowed = torch.zeros(200, dtype=torch.uint8)
+    allowed[7] = 2
+    for precision in ("int8", "float32"):
+        ids = search(Q, quantize(unit(200, 8), precision), 2, allowed=allowed.view(torch.bool))[1]
+        assert ids.tolist() == [[7, -1]] * 2
+
+
 def test_strided_allowed_rows():
     base, allowed = quantize(unit(50, 8), "int8"), torch.rand(50) < 0.5
     expected = search(Q, base, 9, allowed=allowed)

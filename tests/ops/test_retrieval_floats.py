@@ -112,6 +112,16 @@ def test_every_number_of_threads(q, dtype):
         assert all(torch.equal(a, b) for a, b in zip(alone, shared))
 
 
+def test_number_of_threads_and_k_change_no_block_of_queries():
+    # What is left of these queries by one more per thread, or by k, would be scored by another kernel.
+    queries, base = unit(1366, 8), unit(2100, 8)
+    alone = native.float_search(queries, base, 2048, None, 1)
+    for threads in (2, 3, 7):
+        assert all(torch.equal(a, b) for a, b in zip(alone, native.float_search(queries, base, 2048, None, threads)))
+    few = native.float_search(queries, base, 7, None, 3)
+    assert all(torch.equal(a[:, :7], b) for a, b in zip(alone, few))
+
+
 def test_zeros_are_equal_whatever_their_sign():
     base = torch.tensor([[-0.0], [0.0], [-1.0], [0.0]])
     for q in COUNTS:
@@ -136,9 +146,33 @@ def test_what_is_not_finite_is_named_unless_it_is_not_allowed(isa, q, dtype):
         base[row, place] = 0
         clean = search(queries, base, 3, allowed=allowed)
         base[row, place] = float(bad)
-        scores, ids = search(queries, base, 3, allowed=allowed)
-        assert torch.equal(ids, clean[1])
-        assert torch.allclose(scores, clean[0])
+        # The kernels' own word, so that the reference need not serve.
+        found = native.float_search(queries, base, 3, allowed)
+        assert all(torch.equal(a, b) for a, b in zip(found, clean))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("q", COUNTS)
+def test_infinity_beside_other_rows_that_are_not_allowed(isa, q):
+    C.select_isa(isa)
+    # Neither the selection nor the NaN of another row hides it.
+    for rows in (6, 40):
+        base, allowed = torch.ones(rows, 4), torch.ones(rows, dtype=torch.bool)
+        base[1], base[2], allowed[2] = -torch.inf, torch.nan, False
+        assert native.float_search(torch.ones(q, 4), base, 1, allowed) is None
+        base[1] = 1
+        assert native.float_search(torch.ones(q, 4), base, 1, allowed) is not None
+
+
+def test_lazily_negated_views():
+    x, other = torch.randn(30, 16), torch.randn(4, 16)
+    negated, negated_other = torch._neg_view(x), torch._neg_view(other)
+    for query, base in ((other, negated), (negated_other, x)):
+        right = search(query.resolve_neg(), base.resolve_neg(), 5)
+        assert all(torch.equal(a, b) for a, b in zip(search(query, base, 5), right))
+        ids = candidates(4, 30, 9)
+        right = native.rescore(query.resolve_neg(), base.resolve_neg(), ids, 5)
+        assert all(torch.equal(a, b) for a, b in zip(native.rescore(query, base, ids, 5), right))
 
 
 @pytest.mark.parametrize("q", COUNTS)
@@ -191,6 +225,24 @@ def test_rescoring_equals_the_reference(poisoned, isa, dtype, threads):
         found = native.rescore(queries, level, ids, keep, threads)
         right = reference.rescore(queries, level, ids, keep)
         assert all(torch.equal(a, b) for a, b in zip(found, right))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rescoring_orders_by_the_scores_that_it_returns(isa):
+    C.select_isa(isa)
+    # The offset's share swallows the difference of the codes.
+    level = Quantized(torch.tensor([[3], [5]], dtype=torch.int8), torch.tensor([1e-9]), torch.tensor([1e3]), "int8", 1)
+    scores, ids = native.rescore(torch.ones(1, 1), level, torch.tensor([[0, 1]]), 2)
+    assert scores.tolist() == [[1000, 1000]]
+    assert ids.tolist() == [[0, 1]]
+    codes = torch.randint(-128, 127, (384,)) + (torch.rand(200, 384) < 0.5).long()
+    for size in (0.02, 0.5, 5.0):
+        level = Quantized(codes.to(torch.int8), torch.full((384,), 0.6 / 255), torch.randn(384) * size, "int8", 384)
+        ids = candidates(50, 200, 150)
+        scores, found = native.rescore(unit(50, 384), level, ids, 120)
+        equal = scores.diff(dim=1) == 0
+        assert (scores.nan_to_num(neginf=-1e9).diff(dim=1) <= 0).all()
+        assert (found.diff(dim=1)[equal & (found[:, 1:] >= 0)] > 0).all()
 
 
 @pytest.mark.parametrize("q", [0, 1, 20])
