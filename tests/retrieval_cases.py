@@ -1,5 +1,9 @@
 """Inputs of the search tests."""
 
+import ctypes
+import mmap
+
+import numpy as np
 import pytest
 import torch
 
@@ -34,3 +38,14 @@ def random_queries(q, dim, query_bits, *, limit=63, generator=None):
 
 def unit(n, dim, dtype=torch.float32):
     return torch.nn.functional.normalize(torch.randn(n, dim), dim=1).to(dtype)
+
+
+def before_a_guard(x):
+    """A copy of `x` that ends where memory may not be read: one byte more is a crash (POSIX)."""
+    size = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    guard = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    copy = np.frombuffer(memory, x.numpy().dtype, x.numel(), size - x.nbytes).reshape(x.shape)
+    copy[:] = x.numpy()
+    return torch.from_numpy(copy)

@@ -1,6 +1,5 @@
 """search: every backend against the definition, in exact integers and float64."""
 
-import mmap
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from retrieval_cases import FORMS, ISAS, C, random_codes, random_queries, restore_isa, unit  # noqa: F401
+from retrieval_cases import FORMS, ISAS, C, before_a_guard, random_codes, random_queries, restore_isa, unit  # noqa: F401
 
 from leafkern.errors import BackendError, InputError
 from leafkern.ops import Quantized, dequantize, quantize, retrieval, search
@@ -39,7 +38,7 @@ def assert_exact(u, codes, k, bits, query_bits, threads=1):
 @given(
     seed=st.integers(0, 10**6),
     q=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 33]),
-    n=st.sampled_from([1, 2, 3, 5, 17, 64, 65, 500, 1500]),
+    n=st.sampled_from([1, 2, 3, 5, 17, 64, 65, 500, 3000]),
     dim=st.sampled_from(WIDTHS),
     k=st.sampled_from([1, 2, 3, 10, 64, 1000, 2048]),
     form=st.sampled_from(FORMS),
@@ -124,18 +123,34 @@ def test_wide_vectors_stay_exact(dim):
     assert_exact(u, random_codes(7, dim, 1), 3, 1, 8)
 
 
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_widest_vectors_fit_32_bits(isa):
+    C.select_isa(isa)
+    # S is 127*63*D more than the score: 255*63*D, just below 2^31.
+    codes = torch.tensor([[126], [127], [-128]], dtype=torch.int8).repeat(1, C.MAX_DIM)
+    for sign in (1, -1):
+        u = torch.full((2, C.MAX_DIM), sign * 63, dtype=torch.int8)
+        u[1] *= torch.arange(C.MAX_DIM) % 2
+        assert_exact(u, codes, 3, 8, 8)
+        assert_exact(u, torch.tensor([[0], [255]], dtype=torch.uint8).repeat(1, C.MAX_DIM // 2), 2, 4, 8)
+    assert "width 131073, above 131072" in native.unsuited(torch.empty(1, C.MAX_DIM + 1), codes, 1)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_equal_scores_come_in_order_of_ids(form):
-    codes = random_codes(3, 40, form[0]).repeat(700, 1)[: 2000 - 7]
+    # Enough rows that ties meet from several threads.
+    codes = random_codes(3, 40, form[0]).repeat(7000, 1)[: 20_000 - 7]
+    queries = random_queries(5 if form[0] == 8 else 20, 40, form[1])
     for threads in (1, 2, 3, 4):
-        assert_exact(random_queries(5, 40, form[1]), codes, 1500, *form, threads)
+        assert_exact(queries, codes, 1500, *form, threads)
     assert_exact(torch.zeros(2, 40, dtype=torch.int8) + (form[1] == 1), torch.zeros_like(codes), 10, *form)
 
 
 @pytest.mark.parametrize("rising", [True, False])
 def test_sorted_base(rising):
     # Rising scores replace the kept ones at every row.
-    codes = torch.arange(-128, 128).repeat_interleave(40).to(torch.int8)[:, None]
+    codes = torch.arange(-128, 128).repeat_interleave(200).to(torch.int8)[:, None]
     assert_exact(torch.full((2, 1), 63 if rising else -63, dtype=torch.int8), codes, 100, 8, 8, 2)
 
 
@@ -155,21 +170,21 @@ def test_rows_may_be_a_view():
 
 
 @needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="mprotect is POSIX")
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", [8, 4, 1])
-def test_reads_nothing_beyond_the_last_row(bits, tmp_path):
-    # The file ends at a page's end, so that one byte more is a crash; dim is no multiple of any kernel's step.
-    dim = 41
-    codes = random_codes(mmap.PAGESIZE, dim, bits)
-    path = tmp_path / "codes"
-    path.write_bytes(codes.numpy().tobytes())
-    mapped = torch.from_numpy(np.memmap(path, codes.numpy().dtype, "c", shape=codes.shape))
-    for query_bits, q in [(8, 5), (8, 1), *([(1, 5), (1, 1)] if bits == 1 else [])]:
-        u = random_queries(q, dim, query_bits)
-        for part in (mapped, mapped[-5:], mapped[-1:]):
-            expected = reference.brute(u, reference.decode(part, bits, dim), 4)
-            scores, ids = native.search(u, part, 4, bits, query_bits, threads=2)
-            assert torch.equal(scores.double(), expected[0])
-            assert torch.equal(ids, expected[1])
+def test_reads_nothing_beyond_the_last_row(bits, isa):
+    C.select_isa(isa)
+    # No multiple of any kernel's step, and whole ones.
+    for n, dim in [(4097, 41), (300, 384), (3, 1000), (5, 8)]:
+        guarded = before_a_guard(random_codes(n, dim, bits))
+        for query_bits, q in [(8, 5), (8, 1), *([(1, 5), (1, 1)] if bits == 1 else [])]:
+            u = random_queries(q, dim, query_bits)
+            for part in (guarded, guarded[-5:], guarded[-1:]):
+                expected = reference.brute(u, reference.decode(part, bits, dim), 4)
+                scores, ids = native.search(u, part, 4, bits, query_bits, threads=2)
+                assert torch.equal(scores.double(), expected[0])
+                assert torch.equal(ids, expected[1])
 
 
 # ---- The public function.

@@ -1,11 +1,13 @@
 """Native search of float bases and rescoring, held to the definition; sums of small integers are exact in any order."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from retrieval_cases import ISAS, C, restore_isa, unit  # noqa: F401
+from retrieval_cases import ISAS, C, before_a_guard, restore_isa, unit  # noqa: F401
 from tolerances import TOLERANCE
 
 from leafkern.errors import InputError
@@ -36,7 +38,7 @@ def assert_exact(queries, base, k, allowed=None, threads=1):
 @given(
     seed=st.integers(0, 10**6),
     q=st.sampled_from(COUNTS),
-    n=st.sampled_from([1, 2, 5, 23, 25, 63, 300, 1000]),
+    n=st.sampled_from([1, 2, 5, 23, 25, 63, 300, 3000]),
     dim=st.sampled_from([1, 7, 8, 9, 31, 33, 100, 257, 384, 600]),
     k=st.sampled_from([1, 3, 10, 2048]),
     dtype=st.sampled_from(list(native.FLOAT_FORMS)),
@@ -71,6 +73,21 @@ def test_views_and_memory_maps(tmp_path, q, dtype):
     mapped = np.memmap(tmp_path / "rows", dtype=rows.numpy().dtype, mode="c", shape=(200, 60))
     assert_exact(queries, torch.from_numpy(mapped), 9)
     assert_exact(queries.repeat(1, 2)[:, ::2], rows[:, ::2].contiguous().repeat(1, 2), 9)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="mprotect is POSIX")
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [*native.FLOAT_FORMS, torch.int8])
+def test_reads_nothing_beyond_the_last_row(isa, dtype):
+    C.select_isa(isa)
+    for n, dim in [(700, 41), (31, 384), (1, 3)]:
+        base = before_a_guard(integers(n, dim, dtype))
+        for q in COUNTS if dtype != torch.int8 else ():
+            assert_exact(integers(q, dim), base, 5, threads=2)
+        level = Quantized(base, torch.ones(dim), torch.zeros(dim), "int8", dim) if dtype == torch.int8 else base
+        queries, ids = integers(3, dim), candidates(3, n, n)
+        found, right = native.rescore(queries, level, ids, 5), reference.rescore(queries, level, ids, 5)
+        assert all(torch.equal(a, b) for a, b in zip(found, right))
 
 
 @pytest.mark.parametrize("isa", ISAS)
