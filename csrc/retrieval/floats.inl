@@ -299,7 +299,7 @@ void pack_floats(int dim, const void* given, int queries, uint8_t, unsigned char
 }
 
 template <class Type>
-void scan_floats(int dim, const unsigned char* packed, int queries, uint8_t, const uint8_t* rows, int64_t stride,
+void scan_floats(int dim, const unsigned char* packed, int queries, const uint8_t* rows, int64_t stride,
                  int64_t count, int64_t first_id, Keeper* keeper, unsigned char* scratch) {
     const float* values = reinterpret_cast<const float*>(packed);
     if (!streamed(dim, queries))
@@ -312,16 +312,17 @@ void scan_floats(int dim, const unsigned char* packed, int queries, uint8_t, con
 }
 
 template <class Type>
-constexpr FormKernels kFloats = {float_row_bytes<Type>, float_packed_size, float_scratch_size<Type>, pack_floats,
-                                 scan_floats<Type>};
+constexpr FormKernels kFloats = {float_row_bytes<Type>, float_row_bytes<Type>, float_packed_size,
+                                 float_scratch_size<Type>, pack_floats, scan_floats<Type>};
 
 // One query at a time.
 template <class Type>
-void scan_one(int dim, const unsigned char* packed, int, uint8_t, const uint8_t* rows, int64_t stride, int64_t count,
+void scan_one(int dim, const unsigned char* packed, int, const uint8_t* rows, int64_t stride, int64_t count,
               int64_t first_id, Keeper* keeper, unsigned char*) {
     scan_streamed<Type, 1>(dim, reinterpret_cast<const float*>(packed), rows, stride, count, first_id, keeper);
 }
 
 size_t no_scratch(int, int) { return 0; }
 
-constexpr FormKernels kWhole8 = {float_row_bytes<Whole8>, float_packed_size, no_scratch, pack_floats, scan_one<Whole8>};
+constexpr FormKernels kWhole8 = {float_row_bytes<Whole8>, float_row_bytes<Whole8>, float_packed_size, no_scratch,
+                                 pack_floats, scan_one<Whole8>};

@@ -9,6 +9,7 @@
 #include <functional>
 
 #include "common/pool.h"
+#include "retrieval/keys.h"
 
 namespace leafkern {
 namespace {
@@ -21,16 +22,9 @@ constexpr int64_t kGap = 64;                  // rows of which none is allowed t
 
 bool is_float(Form form) { return form == Form::float32 || form == Form::float16; }
 
-int64_t stored_bytes(Form form, int dim) {
-    if (is_float(form)) return static_cast<int64_t>(dim) * (form == Form::float32 ? 4 : 2);
-    return form == Form::int8 ? dim : form == Form::int4 ? (dim + 1) / 2 : (dim + 7) / 8;
-}
-
 const FormKernels& form_of(const SearchKernels& kernels, const SearchArguments& a) {
     return kernels.forms[static_cast<int>(a.form)];
 }
-
-size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct Layout {
     int64_t row;    // bytes that a kernel may read of one
@@ -42,7 +36,7 @@ struct Layout {
     Layout(const SearchKernels& kernels, const SearchArguments& a) {
         const FormKernels& form = form_of(kernels, a);
         row = form.row_bytes(a.dim);
-        const int64_t excess = row - stored_bytes(a.form, a.dim);
+        const int64_t excess = row - form.stored_bytes(a.dim);
         tail = std::min(a.count, (excess + a.stride - 1) / std::max<int64_t>(a.stride, 1));
         const int64_t work = a.count * row * std::max<int64_t>(a.queries, 1);
         slots = static_cast<int>(std::clamp<int64_t>(work / kThreadWork, 1, std::max(a.threads, 1)));
@@ -92,8 +86,8 @@ struct Pass {
                     stop = std::min(stop + kGap, end);
             }
             if (begin < stop)
-                form.scan(a.dim, packed, queries, a.flip, rows + begin * stride, stride, stop - begin, first + begin,
-                          kept, space);
+                form.scan(a.dim, packed, queries, rows + begin * stride, stride, stop - begin, first + begin, kept,
+                          space);
             begin = stop;
         }
     }
@@ -172,7 +166,7 @@ bool search(const SearchKernels& kernels, const SearchArguments& a, unsigned cha
     pass.keys = reinterpret_cast<int64_t*>(pass.tail_rows + layout.tail_rows);
     pass.counts = reinterpret_cast<int32_t*>(reinterpret_cast<unsigned char*>(pass.keys) + layout.keys);
     pass.thresholds = reinterpret_cast<int32_t*>(reinterpret_cast<unsigned char*>(pass.counts) + layout.numbers);
-    const int64_t row = layout.row, stored = stored_bytes(a.form, a.dim);
+    const int64_t row = layout.row, stored = pass.form.stored_bytes(a.dim);
     const int64_t direct = a.count - layout.tail;
     std::memset(pass.tail_rows, 0, layout.tail_rows);
     for (int64_t i = 0; i < layout.tail; ++i)
