@@ -209,6 +209,8 @@ def test_rescoring_is_registered(precision):
     for wrong in (ids + 120, ids[:3]):
         with pytest.raises(InputError, match="ids: expected numbers of 120 rows for 4 queries"):
             torch.ops.leafkern.rescore(*given[:5], wrong, 3)
+    with pytest.raises(InputError, match="keep: expected an int >= 1, got -1"):
+        torch.ops.leafkern.rescore(*given[:6], -1)
 
 
 def test_registered():

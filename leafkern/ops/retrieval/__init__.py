@@ -257,6 +257,7 @@ def _rescore(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_tensor("queries", queries, ndim=2, dtypes=(torch.float32,))
     check_tensor("ids", ids, ndim=2, dtypes=(torch.int64,))
+    _check_count("keep", keep)
     level = Quantized(rows, scale, offset, precision, queries.shape[1]) if precision else rows
     _check_level("rows", level, queries)
     if len(ids) != len(queries) or (values_checked(ids) and ids.numel() and int(ids.amax()) >= len(rows)):
@@ -328,6 +329,7 @@ def search(
     Backends (k: oversample*k when rescoring): Triton (CUDA; int8, int4, fp8, binary, float32, float16, bfloat16; k <=
     1024; float scores are those of float32, rows that tie to their rounding may come in another order); native (CPU;
     int8, int4, binary, float32, float16; k <= 8192; levels of float32, float16 or int8); else the PyTorch reference.
+    Levels are no choice that LEAFKERN_BACKEND could force: what the kernels don't rescore, the reference does, unsaid.
     """
     check_floating("queries", queries, ndim=2)
     if queries.shape[1] < 1:
