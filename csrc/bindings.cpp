@@ -66,7 +66,7 @@ Vectors vectors_of(const VectorsTuple& given) {
 }
 
 SearchArguments search_arguments(int form, int dim, int flip, int64_t queries, int64_t count, int64_t stride, int k,
-                          int threads) {
+                                 int threads) {
     if (form < 0 || form > static_cast<int>(Form::float16) || dim < 1 || dim > kMaxDim || k < 1 || k > kMaxK ||
         k > count || queries < 0)
         throw std::invalid_argument("search: form, dim, k, count or queries out of range");
@@ -232,13 +232,15 @@ PYBIND11_MODULE(_C, module) {
     module.def("rescore_workspace", [](const RescoreTuple& sizes) {
         return rescore_workspace(*chosen.search, rescore_arguments(sizes));
     });
-    module.def("rescore", [](const RescoreTuple& sizes, uintptr_t given, uintptr_t rows, uintptr_t candidates,
-                             uintptr_t scores, uintptr_t ids, uintptr_t workspace, size_t workspace_bytes) {
+    module.def("rescore", [](const RescoreTuple& sizes, uintptr_t given, uintptr_t bias, uintptr_t rows,
+                             uintptr_t candidates, uintptr_t scores, uintptr_t ids, uintptr_t workspace,
+                             size_t workspace_bytes) {
         RescoreArguments a = rescore_arguments(sizes);
         const SearchKernels& kernels = *chosen.search;
         if (workspace_bytes < rescore_workspace(kernels, a))
             throw std::invalid_argument("rescore: workspace too small");
         a.given = reinterpret_cast<const float*>(given);
+        a.bias = reinterpret_cast<const float*>(bias);
         a.rows = reinterpret_cast<const uint8_t*>(rows);
         a.candidates = reinterpret_cast<const int64_t*>(candidates);
         a.scores = reinterpret_cast<int32_t*>(scores);

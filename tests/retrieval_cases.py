@@ -1,5 +1,9 @@
 """Inputs of the search tests."""
 
+import ctypes
+import mmap
+
+import numpy as np
 import pytest
 import torch
 
@@ -44,3 +48,14 @@ def close_rows(dim, step):
     query[1::2] += 0.45 * step
     a = torch.arange(dim) % 2 == 0
     return query, a.float(), (~a).float()
+
+
+def before_a_guard(x):
+    """A copy of `x` that ends where memory may not be read: one byte more is a crash (POSIX)."""
+    size = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    guard = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    copy = np.frombuffer(memory, x.numpy().dtype, x.numel(), size - x.nbytes).reshape(x.shape)
+    copy[:] = x.numpy()
+    return torch.from_numpy(copy)

@@ -15,6 +15,7 @@ constexpr int kTurnedRuns[] = {8, 4, 2, 1};  // of one query
 int bytes_of(int dim) { return (dim + 7) / 8; }
 int groups_of(int dim) { return 2 * bytes_of(dim); }
 
+int64_t bits_stored_bytes(int dim) { return bytes_of(dim); }
 int64_t bits_row_bytes(int dim) { return (bytes_of(dim) + kTurned - 1) / kTurned * kTurned; }
 
 // How many times 32 rows are turned together: they share each table that is loaded.
@@ -351,7 +352,7 @@ void scan_turning(const Tables& view, int bytes, const uint8_t* rows, int64_t st
     }
 }
 
-void scan_tables(int dim, const unsigned char* packed, int queries, uint8_t, const uint8_t* rows, int64_t stride,
+void scan_tables(int dim, const unsigned char* packed, int queries, const uint8_t* rows, int64_t stride,
                  int64_t count, int64_t first_id, Keeper* keeper, unsigned char* space) {
     const Tables view(packed, dim, queries);
     const int bytes = bytes_of(dim), parts = parts_of(dim), run = view.runs[0].run;
@@ -368,7 +369,7 @@ void scan_tables(int dim, const unsigned char* packed, int queries, uint8_t, con
 
 #else
 
-void scan_tables(int dim, const unsigned char* packed, int queries, uint8_t, const uint8_t* rows, int64_t stride,
+void scan_tables(int dim, const unsigned char* packed, int queries, const uint8_t* rows, int64_t stride,
                  int64_t count, int64_t first_id, Keeper* keeper, unsigned char* nibbles) {
     const Tables view(packed, dim, queries);
     const int64_t block = static_cast<int64_t>(parts_of(dim)) * 32;
@@ -392,5 +393,5 @@ void scan_tables(int dim, const unsigned char* packed, int queries, uint8_t, con
 
 #endif
 
-constexpr FormKernels kBits = {bits_row_bytes, tables_packed_size, tables_scratch_size, pack_tables<false>,
-                               scan_tables};
+constexpr FormKernels kBits = {bits_stored_bytes, bits_row_bytes, tables_packed_size, tables_scratch_size,
+                               pack_tables<false>, scan_tables};

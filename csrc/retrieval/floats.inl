@@ -23,7 +23,6 @@ inline Eight load(const float* x) { return _mm256_loadu_ps(x); }
 inline void store(Eight x, float* to) { _mm256_storeu_ps(to, x); }
 inline Eight add(Eight a, Eight b) { return _mm256_add_ps(a, b); }
 inline Eight multiply_add(Eight a, Eight b, Eight sum) { return _mm256_fmadd_ps(a, b, sum); }
-inline Eight lesser(Eight a, Eight b) { return _mm256_min_ps(a, b); }
 // A bit per lane that is above the limit, or NaN, or has NaN for a limit.
 inline int above(Eight x, Eight limit) { return _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLE_UQ)); }
 #else
@@ -50,9 +49,6 @@ inline Eight add(const Eight& a, const Eight& b) {
 }
 inline Eight multiply_add(const Eight& a, const Eight& b, const Eight& sum) {
     return each_lane([&](int i) { return a.lanes[i] * b.lanes[i] + sum.lanes[i]; });
-}
-inline Eight lesser(const Eight& a, const Eight& b) {
-    return each_lane([&](int i) { return a.lanes[i] < b.lanes[i] ? a.lanes[i] : b.lanes[i]; });
 }
 inline int above(const Eight& x, const Eight& limit) {
     int bits = 0;
@@ -93,7 +89,10 @@ float limit_of(const Keeper* keeper, int query) {
     return float_of(static_cast<uint32_t>(ordered(keeper->thresholds[query])));
 }
 
-// A score above its limit, or NaN.
+// Whether a score is worth offering: above its limit, or not finite; -infinity alone would never be selected.
+inline bool notable(float score, float limit) { return !(score <= limit) || score < -kLargest; }
+
+// A score that is.
 void offer(Keeper* keeper, int query, float score, int64_t id) {
     if (keeper->allowed != nullptr && !keeper->allowed[id]) return;
     const uint32_t bits = bits_of(score + 0.f);  // -0 becomes 0
@@ -101,11 +100,6 @@ void offer(Keeper* keeper, int query, float score, int64_t id) {
         keeper->finite = false;
     else
         keep(keeper, query, ordered(static_cast<int32_t>(bits)), id);
-}
-
-// The lowest score met, which the selection alone would never show to be -infinity.
-void note_lowest(Keeper* keeper, float lowest) {
-    if (lowest < -kLargest) keeper->finite = false;
 }
 
 // ---- Few queries: their entries, zeros up to a multiple of 8, query after query.
@@ -122,7 +116,8 @@ void scan_streamed(int dim, const float* queries, const uint8_t* rows, int64_t s
     using Stored = typename Type::Stored;
     constexpr int kSums = Q <= 3 ? 4 : Q <= 6 ? 2 : 1;  // of each score: enough to hide the latency of multiply_add
     const int width = padded(dim);
-    float limits[Q], lowest = 0;
+    const float bias = keeper->bias;
+    float limits[Q];
     for (int q = 0; q < Q; ++q) limits[q] = limit_of(keeper, q);
     for (int64_t row = 0; row < count; ++row) {
         if (keeper->allowed != nullptr && !keeper->allowed[first_id + row]) continue;
@@ -145,15 +140,13 @@ void scan_streamed(int dim, const float* queries, const uint8_t* rows, int64_t s
         }
         for (int q = 0; q < Q; ++q) {
             for (int s = 1; s < kSums; ++s) sums[q][0] = add(sums[q][0], sums[q][s]);
-            const float score = sum_of(sums[q][0]);
-            lowest = score < lowest ? score : lowest;
-            if (!(score <= limits[q])) {
+            const float score = sum_of(sums[q][0]) + bias;
+            if (notable(score, limits[q])) {
                 offer(keeper, q, score, first_id + row);
                 limits[q] = limit_of(keeper, q);
             }
         }
     }
-    note_lowest(keeper, lowest);
 }
 
 // ---- More: panels (dim, 8*W) of queries, zeros beyond the last.
@@ -192,7 +185,7 @@ void scan_panel(int dim, const float* panel, int query, int queries, const float
                 int64_t first_id, Ahead* ahead, Keeper* keeper) {
     constexpr int kWide = 8 * W;
     float partial[kFloatRows * kWide];
-    Eight limits[W], lowest = eight(0);
+    Eight limits[W];
     const auto refresh = [&] {
         float values[kWide];
         for (int q = 0; q < kWide; ++q) values[q] = q < queries ? limit_of(keeper, query + q) : kLargest;
@@ -219,10 +212,8 @@ void scan_panel(int dim, const float* panel, int query, int queries, const float
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-                    for (int w = 0; w < W; ++w) {
-                        better |= above(sums[r][w], limits[w]);
-                        lowest = lesser(lowest, sums[r][w]);
-                    }
+                    for (int w = 0; w < W; ++w)
+                        better |= above(sums[r][w], limits[w]) | above(eight(-kLargest), sums[r][w]);
                 if (!better) continue;
             }
 #pragma GCC unroll 8
@@ -233,14 +224,12 @@ void scan_panel(int dim, const float* panel, int query, int queries, const float
             for (int r = 0; r < least<int64_t>(R, count - row); ++r)
                 for (int q = 0; q < queries; ++q) {
                     const float score = kept[r * kWide + q];
-                    if (!(score <= limit_of(keeper, query + q))) offer(keeper, query + q, score, first_id + row + r);
+                    if (notable(score, limit_of(keeper, query + q)))
+                        offer(keeper, query + q, score, first_id + row + r);
                 }
             refresh();
         }
     }
-    float values[8];
-    store(lowest, values);
-    for (const float value : values) note_lowest(keeper, value);
 }
 
 // Rows that all panels pass over at a time.
@@ -310,7 +299,7 @@ void pack_floats(int dim, const void* given, int queries, uint8_t, unsigned char
 }
 
 template <class Type>
-void scan_floats(int dim, const unsigned char* packed, int queries, uint8_t, const uint8_t* rows, int64_t stride,
+void scan_floats(int dim, const unsigned char* packed, int queries, const uint8_t* rows, int64_t stride,
                  int64_t count, int64_t first_id, Keeper* keeper, unsigned char* scratch) {
     const float* values = reinterpret_cast<const float*>(packed);
     if (!streamed(dim, queries))
@@ -323,16 +312,17 @@ void scan_floats(int dim, const unsigned char* packed, int queries, uint8_t, con
 }
 
 template <class Type>
-constexpr FormKernels kFloats = {float_row_bytes<Type>, float_packed_size, float_scratch_size<Type>, pack_floats,
-                                 scan_floats<Type>};
+constexpr FormKernels kFloats = {float_row_bytes<Type>, float_row_bytes<Type>, float_packed_size,
+                                 float_scratch_size<Type>, pack_floats, scan_floats<Type>};
 
 // One query at a time.
 template <class Type>
-void scan_one(int dim, const unsigned char* packed, int, uint8_t, const uint8_t* rows, int64_t stride, int64_t count,
+void scan_one(int dim, const unsigned char* packed, int, const uint8_t* rows, int64_t stride, int64_t count,
               int64_t first_id, Keeper* keeper, unsigned char*) {
     scan_streamed<Type, 1>(dim, reinterpret_cast<const float*>(packed), rows, stride, count, first_id, keeper);
 }
 
 size_t no_scratch(int, int) { return 0; }
 
-constexpr FormKernels kWhole8 = {float_row_bytes<Whole8>, float_packed_size, no_scratch, pack_floats, scan_one<Whole8>};
+constexpr FormKernels kWhole8 = {float_row_bytes<Whole8>, float_row_bytes<Whole8>, float_packed_size, no_scratch,
+                                 pack_floats, scan_one<Whole8>};

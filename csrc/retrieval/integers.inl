@@ -14,23 +14,25 @@ int block_rows(int dim) {
 // ---- Decoding: 32 dimensions of a row as unsigned bytes. Tables map a place in the decoded vector to a dimension.
 
 struct Int8 {
-    static constexpr int kBytes = 32, kLargest = 255;
+    static constexpr int kBytes = 32, kLargestCode = 255;
+    static int stored(int dim) { return dim; }
     static int dimension(int place) { return place; }
-    static int value(const uint8_t* row, int place, uint8_t) { return row[place] ^ 0x80; }
+    static int value(const uint8_t* row, int place) { return row[place] ^ 0x80; }
 #if defined(__AVX2__)
-    static __m256i load(const uint8_t* row, __m256i) {
+    static __m256i load(const uint8_t* row) {
         return _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)), _mm256_set1_epi8(-128));
     }
 #endif
 };
 
 struct Int4 {
-    static constexpr int kBytes = 16, kLargest = 15;
+    static constexpr int kBytes = 16, kLargestCode = 15;
+    static int stored(int dim) { return (dim + 1) / 2; }
     // Even dimensions first: the low nibbles come out together.
     static int dimension(int place) { return place < 16 ? 2 * place : 2 * (place - 16) + 1; }
-    static int value(const uint8_t* row, int place, uint8_t) { return place < 16 ? row[place] & 15 : row[place - 16] >> 4; }
+    static int value(const uint8_t* row, int place) { return place < 16 ? row[place] & 15 : row[place - 16] >> 4; }
 #if defined(__AVX2__)
-    static __m256i load(const uint8_t* row, __m256i) {
+    static __m256i load(const uint8_t* row) {
         const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
         const __m256i shifted = _mm256_srlv_epi64(both, _mm256_setr_epi64x(0, 0, 4, 4));
         return _mm256_and_si256(shifted, _mm256_set1_epi8(15));
@@ -40,10 +42,10 @@ struct Int4 {
 
 // Decoded before: where many queries pass over the same rows.
 struct Decoded {
-    static constexpr int kBytes = 32, kLargest = 255;
-    static int value(const uint8_t* row, int place, uint8_t) { return row[place]; }
+    static constexpr int kBytes = 32, kLargestCode = 255;
+    static int value(const uint8_t* row, int place) { return row[place]; }
 #if defined(__AVX2__)
-    static __m256i load(const uint8_t* row, __m256i) {
+    static __m256i load(const uint8_t* row) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
     }
 #endif
@@ -101,7 +103,7 @@ void pack_values(int dim, const void* given, int queries, uint8_t, unsigned char
         // One size for the whole tile, tried on every query: a query that is safe in fours need not be so in threes.
         int group = kMaxGroup;
         for (int q = 0; q < count && group > 1;) {
-            if (safe_in_groups(group, tile + q * 32, count * 32, view.vectors, Code::kLargest)) {
+            if (safe_in_groups(group, tile + q * 32, count * 32, view.vectors, Code::kLargestCode)) {
                 ++q;
             } else {
                 --group;
@@ -123,8 +125,7 @@ __m128i sums_of_four(__m256i a, __m256i b, __m256i c, __m256i d) {
 
 // Scores of R rows with Q queries, added in 16 bits over groups of G vectors.
 template <class Code, int Q, int R, int G>
-inline void multiply(const uint8_t* rows, int64_t stride, const int8_t* tile, int vectors, __m256i flip,
-                     __m128i* sums) {
+inline void multiply(const uint8_t* rows, int64_t stride, const int8_t* tile, int vectors, __m128i* sums) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i wide[(Q * R + 3) / 4 * 4];
 #pragma GCC unroll 8
@@ -134,7 +135,7 @@ inline void multiply(const uint8_t* rows, int64_t stride, const int8_t* tile, in
         const __m256i* queries = reinterpret_cast<const __m256i*>(tile) + v * Q;
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            const __m256i codes = Code::load(rows + r * stride + v * Code::kBytes, flip);
+            const __m256i codes = Code::load(rows + r * stride + v * Code::kBytes);
 #pragma GCC unroll 8
             for (int q = 0; q < Q; ++q) {
                 const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_loadu_si256(queries + q));
@@ -163,9 +164,8 @@ inline void multiply(const uint8_t* rows, int64_t stride, const int8_t* tile, in
 
 template <class Code, int Q, int R, int G>
 int64_t scan_rows(const uint8_t* rows, int64_t stride, int64_t row, int64_t count, const int8_t* tile, int vectors,
-                  uint8_t flip, int64_t first_id, Keeper* keeper, int query) {
+                  int64_t first_id, Keeper* keeper, int query) {
     constexpr int kSums = (Q * R + 3) / 4;
-    const __m256i flips = _mm256_set1_epi8(static_cast<char>(flip));
     __m128i thresholds[kSums];
     const auto refresh = [&] {
         int32_t values[kSums * 4];
@@ -176,7 +176,7 @@ int64_t scan_rows(const uint8_t* rows, int64_t stride, int64_t row, int64_t coun
     for (; row + R <= count; row += R) {
         const uint8_t* here = rows + row * stride;
         __m128i sums[kSums];
-        multiply<Code, Q, R, G>(here, stride, tile, vectors, flips, sums);
+        multiply<Code, Q, R, G>(here, stride, tile, vectors, sums);
         int better = 0;
 #pragma GCC unroll 8
         for (int s = 0; s < kSums; ++s)
@@ -197,13 +197,13 @@ int64_t scan_rows(const uint8_t* rows, int64_t stride, int64_t row, int64_t coun
 
 template <class Code, int Q, int R, int G>
 int64_t scan_rows(const uint8_t* rows, int64_t stride, int64_t row, int64_t count, const int8_t* tile, int vectors,
-                  uint8_t flip, int64_t first_id, Keeper* keeper, int query) {
+                  int64_t first_id, Keeper* keeper, int query) {
     for (; row < count; ++row) {
         int32_t sums[Q] = {};
         for (int v = 0; v < vectors; ++v) {
             uint8_t codes[32];
             for (int i = 0; i < 32; ++i)
-                codes[i] = static_cast<uint8_t>(Code::value(rows + row * stride + v * Code::kBytes, i, flip));
+                codes[i] = static_cast<uint8_t>(Code::value(rows + row * stride + v * Code::kBytes, i));
             for (int q = 0; q < Q; ++q) {
                 const int8_t* values = tile + (v * Q + q) * 32;
                 int32_t sum = 0;
@@ -221,70 +221,74 @@ int64_t scan_rows(const uint8_t* rows, int64_t stride, int64_t row, int64_t coun
 
 template <class Code, int Q, int R, int G>
 void scan_tile(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, int vectors,
-               uint8_t flip, int64_t first_id, Keeper* keeper, int query) {
+               int64_t first_id, Keeper* keeper, int query) {
     const int64_t row =
-        scan_rows<Code, Q, R, G>(rows, stride, 0, count, tile, vectors, flip, first_id, keeper, query);
-    if (R > 1) scan_rows<Code, Q, 1, G>(rows, stride, row, count, tile, vectors, flip, first_id, keeper, query);
+        scan_rows<Code, Q, R, G>(rows, stride, 0, count, tile, vectors, first_id, keeper, query);
+    if (R > 1) scan_rows<Code, Q, 1, G>(rows, stride, row, count, tile, vectors, first_id, keeper, query);
 }
 
 template <class Code, int G>
 void scan_group(const uint8_t* rows, int64_t stride, int64_t count, const int8_t* tile, int vectors,
-                uint8_t flip, int64_t first_id, Keeper* keeper, int query, int queries) {
+                int64_t first_id, Keeper* keeper, int query, int queries) {
     if (queries >= 4)
-        scan_tile<Code, 4, 1, G>(rows, stride, count, tile, vectors, flip, first_id, keeper, query);
+        scan_tile<Code, 4, 1, G>(rows, stride, count, tile, vectors, first_id, keeper, query);
     else if (queries == 3)
-        scan_tile<Code, 3, 1, G>(rows, stride, count, tile, vectors, flip, first_id, keeper, query);
+        scan_tile<Code, 3, 1, G>(rows, stride, count, tile, vectors, first_id, keeper, query);
     else if (queries == 2)
-        scan_tile<Code, 2, 2, G>(rows, stride, count, tile, vectors, flip, first_id, keeper, query);
+        scan_tile<Code, 2, 2, G>(rows, stride, count, tile, vectors, first_id, keeper, query);
     else
         // Two rows: reading more of them at once, or prefetching, is slower than the hardware's own streams.
-        scan_tile<Code, 1, 2, G>(rows, stride, count, tile, vectors, flip, first_id, keeper, query);
+        scan_tile<Code, 1, 2, G>(rows, stride, count, tile, vectors, first_id, keeper, query);
 }
 
 template <class Code>
-void scan_one_tile(const Packed& view, int t, int queries, uint8_t flip, const uint8_t* rows, int64_t stride,
+void scan_one_tile(const Packed& view, int t, int queries, const uint8_t* rows, int64_t stride,
                    int64_t count, int64_t first_id, Keeper* keeper) {
     // Narrow codes always allow the largest group: 8*63*15 = 7,560.
-    constexpr bool kNarrow = Code::kLargest < 255;
+    constexpr bool kNarrow = Code::kLargestCode < 255;
     const auto scan = view.groups[t] == 4   ? scan_group<Code, 4>
                       : view.groups[t] == 3 ? scan_group<Code, kNarrow ? 4 : 3>
                       : view.groups[t] == 2 ? scan_group<Code, kNarrow ? 4 : 2>
                                             : scan_group<Code, kNarrow ? 4 : 1>;
     const int query = t * kTile;
-    scan(rows, stride, count, view.tile(t), view.vectors, flip, first_id, keeper, query, queries - query);
+    scan(rows, stride, count, view.tile(t), view.vectors, first_id, keeper, query, queries - query);
 }
 
 template <class Code>
-void decode(const uint8_t* rows, int64_t stride, int64_t count, int vectors, uint8_t flip, uint8_t* decoded) {
+void decode(const uint8_t* rows, int64_t stride, int64_t count, int vectors, uint8_t* decoded) {
     for (int64_t row = 0; row < count; ++row, rows += stride)
         for (int v = 0; v < vectors; ++v, decoded += 32) {
             const uint8_t* here = rows + static_cast<int64_t>(v) * Code::kBytes;
 #if defined(__AVX2__)
-            const __m256i flips = _mm256_set1_epi8(static_cast<char>(flip));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(decoded), Code::load(here, flips));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(decoded), Code::load(here));
 #else
-            for (int i = 0; i < 32; ++i) decoded[i] = static_cast<uint8_t>(Code::value(here, i, flip));
+            for (int i = 0; i < 32; ++i) decoded[i] = static_cast<uint8_t>(Code::value(here, i));
 #endif
         }
 }
 
 template <class Code>
-void scan_values(int dim, const unsigned char* packed, int queries, uint8_t flip, const uint8_t* rows, int64_t stride,
+void scan_values(int dim, const unsigned char* packed, int queries, const uint8_t* rows, int64_t stride,
                  int64_t count, int64_t first_id, Keeper* keeper, uint8_t* decoded) {
     const Packed view(packed, dim, queries);
-    if (view.tiles == 1) return scan_one_tile<Code>(view, 0, queries, flip, rows, stride, count, first_id, keeper);
+    if (view.tiles == 1) return scan_one_tile<Code>(view, 0, queries, rows, stride, count, first_id, keeper);
     const int64_t block = block_rows(dim), width = view.vectors * 32;
     for (int64_t begin = 0; begin < count; begin += block) {
         const int64_t now = least(block, count - begin);
-        decode<Code>(rows + begin * stride, stride, now, view.vectors, flip, decoded);
+        decode<Code>(rows + begin * stride, stride, now, view.vectors, decoded);
         for (int t = 0; t < view.tiles; ++t)
-            scan_one_tile<Decoded>(view, t, queries, flip, decoded, width, now, first_id + begin, keeper);
+            scan_one_tile<Decoded>(view, t, queries, decoded, width, now, first_id + begin, keeper);
     }
 }
 
 template <class Code>
 int64_t values_row_bytes(int dim) {
     return static_cast<int64_t>(vectors_of(dim)) * Code::kBytes;
+}
+
+template <class Code>
+int64_t values_stored_bytes(int dim) {
+    return Code::stored(dim);
 }
 
 size_t values_packed_size(int dim, int queries) {
@@ -295,5 +299,5 @@ size_t values_packed_size(int dim, int queries) {
 size_t values_scratch_size(int dim, int) { return static_cast<size_t>(block_rows(dim)) * vectors_of(dim) * 32; }
 
 template <class Code>
-constexpr FormKernels kValues = {values_row_bytes<Code>, values_packed_size, values_scratch_size, pack_values<Code>,
-                                 scan_values<Code>};
+constexpr FormKernels kValues = {values_stored_bytes<Code>, values_row_bytes<Code>, values_packed_size,
+                                 values_scratch_size, pack_values<Code>, scan_values<Code>};

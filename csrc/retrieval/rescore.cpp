@@ -5,6 +5,7 @@
 #include <functional>
 
 #include "common/pool.h"
+#include "retrieval/keys.h"
 #include "retrieval/search.h"
 
 #if LEAFKERN_X86
@@ -16,8 +17,6 @@ namespace {
 
 constexpr int64_t kAhead = 4;             // candidates whose rows are asked for before their turn
 constexpr int64_t kThreadWork = 1 << 17;  // products below which a thread is not worth waking
-
-size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct Rescoring {
     const FormKernels& form;
@@ -58,10 +57,11 @@ struct Rescoring {
         std::sort(ids, ids + a.count);
         int32_t kept = 0, threshold = INT_MIN;
         Keeper keeper{best, &kept, &threshold, a.k, nullptr};
+        if (a.bias != nullptr) keeper.bias = a.bias[query];
         int64_t asked = std::lower_bound(ids, ids + a.count, 0) - ids;
         for (int64_t place = asked; place < a.count; ++place) {
             while (asked < std::min(place + kAhead, a.count)) ask_for(ids[asked++]);
-            form.scan(a.dim, space, 1, 0, a.rows + ids[place] * a.stride, a.stride, 1, ids[place], &keeper, nullptr);
+            form.scan(a.dim, space, 1, a.rows + ids[place] * a.stride, a.stride, 1, ids[place], &keeper, nullptr);
         }
         if (!keeper.finite) finite.store(false, std::memory_order_relaxed);
         std::sort(best, best + kept, std::greater<int64_t>());

@@ -9,28 +9,22 @@
 #include <functional>
 
 #include "common/pool.h"
+#include "retrieval/keys.h"
 
 namespace leafkern {
 namespace {
 
 constexpr size_t kQueryBytes = 384 << 10;     // packed queries stay in the second-level cache
-constexpr size_t kKeeperBytes = 64 << 20;
+constexpr int64_t kMostQueries = 512;         // of a block: 32 MB of keys per thread, where k is kMaxK
 constexpr int64_t kChunkBytes = 4 << 20;      // of base, claimed by a thread at a time: shorter streams are slower
 constexpr int64_t kThreadWork = 1 << 20;      // bytes of base times queries below which a thread is not worth waking
 constexpr int64_t kGap = 64;                  // rows of which none is allowed that are worth passing over
 
 bool is_float(Form form) { return form == Form::float32 || form == Form::float16; }
 
-int64_t stored_bytes(Form form, int dim) {
-    if (is_float(form)) return static_cast<int64_t>(dim) * (form == Form::float32 ? 4 : 2);
-    return form == Form::int8 ? dim : form == Form::int4 ? (dim + 1) / 2 : (dim + 7) / 8;
-}
-
 const FormKernels& form_of(const SearchKernels& kernels, const SearchArguments& a) {
     return kernels.forms[static_cast<int>(a.form)];
 }
-
-size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct Layout {
     int64_t row;    // bytes that a kernel may read of one
@@ -42,14 +36,14 @@ struct Layout {
     Layout(const SearchKernels& kernels, const SearchArguments& a) {
         const FormKernels& form = form_of(kernels, a);
         row = form.row_bytes(a.dim);
-        const int64_t excess = row - stored_bytes(a.form, a.dim);
+        const int64_t excess = row - form.stored_bytes(a.dim);
         tail = std::min(a.count, (excess + a.stride - 1) / std::max<int64_t>(a.stride, 1));
         const int64_t work = a.count * row * std::max<int64_t>(a.queries, 1);
         slots = static_cast<int>(std::clamp<int64_t>(work / kThreadWork, 1, std::max(a.threads, 1)));
-        const int64_t by_keepers = kKeeperBytes / (sizeof(int64_t) * a.k * slots);
         const int64_t query_bytes = form.packed_size(a.dim, 64) / 64;
-        block = std::clamp<int64_t>(kQueryBytes / query_bytes / 16 * 16, 16, 1536);
-        block = std::max<int64_t>(1, std::min({block, by_keepers, a.queries}));
+        // Of D and the number of queries alone: float scores depend on how many queries are scored together.
+        block = std::clamp<int64_t>(kQueryBytes / query_bytes / 16 * 16, 16, kMostQueries);
+        block = std::max<int64_t>(1, std::min(block, a.queries));
         packed = aligned(form.packed_size(a.dim, static_cast<int>(block)));
         scratch = aligned(form.scratch_size(a.dim, static_cast<int>(block)));
         tail_rows = aligned(tail * row);
@@ -84,15 +78,16 @@ struct Pass {
             if (a.allowed != nullptr) {
                 const uint8_t* allowed = a.allowed + first;
                 const auto none = [&](int64_t from, int64_t to) {
-                    return std::memchr(allowed + from, 1, to - from) == nullptr;
+                    static constexpr uint8_t kNone[kGap] = {};
+                    return std::memcmp(allowed + from, kNone, to - from) == 0;
                 };
                 while (begin < end && none(begin, std::min(begin + kGap, end))) begin = std::min(begin + kGap, end);
                 for (stop = begin; stop < end && !none(stop, std::min(stop + kGap, end));)
                     stop = std::min(stop + kGap, end);
             }
             if (begin < stop)
-                form.scan(a.dim, packed, queries, a.flip, rows + begin * stride, stride, stop - begin, first + begin,
-                          kept, space);
+                form.scan(a.dim, packed, queries, rows + begin * stride, stride, stop - begin, first + begin, kept,
+                          space);
             begin = stop;
         }
     }
@@ -171,7 +166,7 @@ bool search(const SearchKernels& kernels, const SearchArguments& a, unsigned cha
     pass.keys = reinterpret_cast<int64_t*>(pass.tail_rows + layout.tail_rows);
     pass.counts = reinterpret_cast<int32_t*>(reinterpret_cast<unsigned char*>(pass.keys) + layout.keys);
     pass.thresholds = reinterpret_cast<int32_t*>(reinterpret_cast<unsigned char*>(pass.counts) + layout.numbers);
-    const int64_t row = layout.row, stored = stored_bytes(a.form, a.dim);
+    const int64_t row = layout.row, stored = pass.form.stored_bytes(a.dim);
     const int64_t direct = a.count - layout.tail;
     std::memset(pass.tail_rows, 0, layout.tail_rows);
     for (int64_t i = 0; i < layout.tail; ++i)

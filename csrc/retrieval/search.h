@@ -25,7 +25,7 @@ enum class Form { int8 = 0, int4 = 1, bits = 2, hamming = 3, float32 = 4, float1
 constexpr int kForms = 7;
 
 constexpr int kMaxDim = 131072;
-constexpr int kMaxK = 2048;
+constexpr int kMaxK = 8192;
 
 // The best k of each query in one thread's share: keys (score, lower id first) as min-heaps.
 struct Keeper {
@@ -34,23 +34,26 @@ struct Keeper {
     int32_t* thresholds;  // (queries,): only higher scores enter; INT32_MIN until k are kept
     int k;
     const uint8_t* allowed;  // per row number, whether it may be kept; null: all may
+    float bias = 0;          // added to each float score; not 0 for one query alone
     bool finite = true;      // false once a score was met that is not
 };
 
-// One form of base. Each function is given the same `queries` as those that it works with. `flip` is xor-ed to every
-// byte of base (0x80 where bytes are stored minus 128).
+// One form of base. Sizes never fall as queries grow: space for a block serves the last, shorter one too.
 struct FormKernels {
+    // Bytes of one row.
+    int64_t (*stored_bytes)(int dim);
     // Bytes that scan() may read of one row.
     int64_t (*row_bytes)(int dim);
     // Bytes that the packed form of `queries` queries takes (a multiple of 64).
     size_t (*packed_size)(int dim, int queries);
     // Bytes of working space that one thread's scan needs (a multiple of 32).
     size_t (*scratch_size)(int dim, int queries);
-    // given: (queries, dim) contiguous.
+    // given: (queries, dim) contiguous. flip: what base's bytes of bits were xor-ed with (0x80 where they are stored
+    // minus 128), undone in the packed queries.
     void (*pack)(int dim, const void* given, int queries, uint8_t flip, unsigned char* packed);
     // Offers `count` rows, numbered from first_id up, to the keeper.
-    void (*scan)(int dim, const unsigned char* packed, int queries, uint8_t flip, const uint8_t* rows, int64_t stride,
-                 int64_t count, int64_t first_id, Keeper* keeper, unsigned char* scratch);
+    void (*scan)(int dim, const unsigned char* packed, int queries, const uint8_t* rows, int64_t stride, int64_t count,
+                 int64_t first_id, Keeper* keeper, unsigned char* scratch);
 };
 
 // What each instruction set offers, by Form.
@@ -72,20 +75,12 @@ struct SearchArguments {
     int64_t queries;
     const uint8_t* rows;  // (count, ...), each row contiguous, `stride` bytes apart
     int64_t count, stride;
-    const uint8_t* allowed;  // (count,), 0 or 1: rows that may be found; null: all
+    const uint8_t* allowed;  // (count,), not 0: rows that may be found; null: all
     int k;                   // <= min(count, kMaxK)
     int threads;
     int32_t* scores;  // (queries, k), bits of floats for the float forms; INT32_MIN, -inf where fewer rows are allowed
     int64_t* ids;     // (queries, k); -1 there
 };
-
-// A key's id, and the bits of its score where that is a float; the bits of -infinity, where there is none.
-inline int64_t id_of_key(int64_t key) { return 0xFFFFFFFFll - (key & 0xFFFFFFFFll); }
-inline int32_t float_of_key(int64_t key) {
-    const int32_t score = static_cast<int32_t>(key >> 32);
-    return score ^ (score >> 31 & 0x7FFFFFFF);
-}
-constexpr int32_t kNoFloat = static_cast<int32_t>(0xFF800000);
 
 size_t search_workspace(const SearchKernels& kernels, const SearchArguments& arguments);
 // False where a float score is not finite; what was found means nothing then.
@@ -96,6 +91,7 @@ struct RescoreArguments {
     Form form;  // float32, float16 or whole8
     int dim;
     const float* given;  // (queries, dim), contiguous
+    const float* bias;   // (queries,), added to each score; null: nothing
     int64_t queries;
     const uint8_t* rows;  // each row contiguous, `stride` bytes apart
     int64_t stride;

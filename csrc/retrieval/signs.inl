@@ -1,7 +1,5 @@
 // Signs against bits: by counting those that differ, S = D - distance, where tables (bits.inl) don't pay.
 
-constexpr int kCountedBytes = 16 << 10;  // of base, kept in the first-level cache while all queries pass over it
-
 int words_of(int dim) { return static_cast<int>(bits_row_bytes(dim) / 8); }
 
 // Whether as many queries are served by counting.
@@ -100,10 +98,10 @@ void count_signs(int dim, const unsigned char* packed, const uint8_t* rows, int6
     }
 }
 
-void scan_signs(int dim, const unsigned char* packed, int queries, uint8_t flip, const uint8_t* rows, int64_t stride,
+void scan_signs(int dim, const unsigned char* packed, int queries, const uint8_t* rows, int64_t stride,
                 int64_t count, int64_t first_id, Keeper* keeper, unsigned char* scratch) {
     if (!counted(queries))
-        return scan_tables(dim, packed, queries, flip, rows, stride, count, first_id, keeper, scratch);
+        return scan_tables(dim, packed, queries, rows, stride, count, first_id, keeper, scratch);
     const int pieces = words_of(dim) / 2;
     const auto scan = pieces == 1   ? count_signs<1>
                       : pieces == 2 ? count_signs<2>
@@ -117,6 +115,8 @@ void scan_signs(int dim, const unsigned char* packed, int queries, uint8_t flip,
 
 #else
 
+constexpr int kCountedBytes = 16 << 10;  // of base, kept in the first-level cache while all queries pass over it
+
 uint64_t load_word(const uint8_t* bytes) {
     uint64_t word;
     std::memcpy(&word, bytes, 8);
@@ -129,7 +129,7 @@ int popcount(uint64_t x) {
     return static_cast<int>(((x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101 >> 56);
 }
 
-void scan_signs(int dim, const unsigned char* packed, int queries, uint8_t, const uint8_t* rows, int64_t stride,
+void scan_signs(int dim, const unsigned char* packed, int queries, const uint8_t* rows, int64_t stride,
                 int64_t count, int64_t first_id, Keeper* keeper, unsigned char*) {
     const int words = words_of(dim);
     const uint8_t* mask = packed + static_cast<int64_t>(queries) * words * 8;
@@ -151,4 +151,5 @@ void scan_signs(int dim, const unsigned char* packed, int queries, uint8_t, cons
 
 #endif
 
-constexpr FormKernels kSigns = {bits_row_bytes, signs_packed_size, signs_scratch_size, pack_signs, scan_signs};
+constexpr FormKernels kSigns = {bits_stored_bytes, bits_row_bytes, signs_packed_size, signs_scratch_size, pack_signs,
+                                scan_signs};

@@ -118,27 +118,28 @@ import threading, numpy as np
 from leafkern import _C
 rng = np.random.default_rng(0)
 codes = rng.integers(-128, 128, (20000, 128), dtype=np.int8)
-u = rng.integers(-63, 64, (4, 128), dtype=np.int8)
+u = rng.integers(-63, 64, (16, 1024), dtype=np.int8)
 allowed = rng.random(20000) < 0.5
-def search(threads, form):
-    scores, ids = np.empty((4, 10), np.int32), np.empty((4, 10), np.int64)
-    sizes = (form, 128, 0, 4, 20000, 128, 10, threads)
+many = rng.standard_normal((20000, 64)).astype(np.float32)
+listed = np.stack([rng.permutation(20000)[:500] for _ in range(20)])
+bias = rng.standard_normal(20).astype(np.float32)
+# Enough bytes (rows of 128) and products for several threads.
+def search(threads, form, q):
+    scores, ids = np.empty((q, 10), np.int32), np.empty((q, 10), np.int64)
+    dim, given, rows, stride = [(128, u, codes, 128), (1024, u, codes, 128), (64, many, many, 256)][form // 2]
+    sizes = (form, dim, 0, q, 20000, stride, 10, threads)
     space = np.empty(_C.search_workspace(*sizes) + 64, np.uint8)
-    pointers = [part.ctypes.data for part in (u, codes, allowed, scores, ids, space)]
+    pointers = [part.ctypes.data for part in (given, rows, allowed, scores, ids, space)]
     _C.search(*sizes, *pointers, len(space))
     return ids
-def floats(threads):
-    scores, ids = np.empty((20, 10), np.int32), np.empty((20, 10), np.int64)
-    sizes = (4, 64, 0, 20, 20000, 256, 10, threads)
-    space = np.empty(_C.search_workspace(*sizes) + 64, np.uint8)
-    pointers = [part.ctypes.data for part in (many, many, allowed, scores, ids, space)]
-    _C.search(*sizes, *pointers, len(space))
-    sizes = (4, 64, 20, 256, 10, 5, threads)
+def rescore(threads, form):
+    scores, ids = np.empty((20, 5), np.int32), np.empty((20, 5), np.int64)
+    rows, stride = (codes, 128) if form == 6 else (many, 256)
+    sizes = (form, 64, 20, stride, 500, 5, threads)
     space = np.empty(_C.rescore_workspace(sizes), np.uint8)
-    best, ids = ids, np.empty((20, 5), np.int64)
-    pointers = [part.ctypes.data for part in (many, many, best, scores, ids, space)]
+    pointers = [part.ctypes.data for part in (many, bias, rows, listed, scores, ids, space)]
     _C.rescore(sizes, *pointers, len(space))
-    return np.concatenate([best, ids], 1)
+    return ids
 student, teacher = rng.standard_normal((2, 300, 300)), rng.standard_normal((300, 300)).round(2)
 def relative(threads, ties, gap):
     loss, gradient = np.empty(2), np.empty((2, 300, 300))
@@ -162,7 +163,6 @@ def distill(threads):
     _C.distill_align(True, 1, True, 300, 24, 1.0, threads, rows.ctypes.data, 24, gradient.ctypes.data, 24,
                      scores.ctypes.data)
     return np.concatenate([loss, gradient.ravel(), scores.ravel()])
-many = rng.standard_normal((20000, 64)).astype(np.float32)
 def quantization(threads):
     found = np.empty((2, 64), np.float32)
     given = (0, many.ctypes.data, *many.shape, 64, 1, threads)
@@ -173,10 +173,11 @@ def quantization(threads):
     return codes
 def both(threads):
     found = [relative(threads, ties, gap) for ties in (False, True) for gap in (0.0, 0.5)]
-    searches = [*(search(threads, form) for form in range(4)), floats(threads)]
+    searches = [search(threads, form, q) for form in range(5) for q in (1, 16)]
+    searches += [rescore(threads, form) for form in (4, 6)]
     return [*searches, quantization(threads), distill(threads), *found]
 expected = both(1)
-workers = [threading.Thread(target=lambda: [both(4) for _ in range(10)]) for _ in range(3)]
+workers = [threading.Thread(target=both, args=(4,)) for _ in range(3)]
 for worker in workers: worker.start()
 for worker in workers: worker.join()
 assert all(np.array_equal(x, y) for x, y in zip(both(4), expected))

@@ -1,7 +1,10 @@
 """Native quantize and calibrate: bit for bit what the reference gives, whatever the layout or number of threads."""
 
+import os
+
 import pytest
 import torch
+from retrieval_cases import before_a_guard
 
 from leafkern.errors import BackendError, InputError
 from leafkern.ops import calibrate, quantize
@@ -47,9 +50,20 @@ def test_views(isa, precision, dtype):
 
 
 @each_precision
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="mprotect is POSIX")
+def test_reads_nothing_beyond_the_last_row(isa, precision):
+    for dtype in native.TYPES:
+        for shape in [(1, 1), (3, 33), (5, 384), (2, 1029)]:
+            x = torch.randn(shape).to(dtype)
+            x = before_a_guard(x.view(torch.int16)).view(dtype) if dtype == torch.bfloat16 else before_a_guard(x)
+            same_as_reference(x, precision, ranges_for(shape[1], precision))
+            assert torch.equal(native.extremes(x), reference.extremes(x))
+
+
+@each_precision
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_every_number_of_threads(precision, threads):
-    x = torch.randn(3001, 130)
+    x = torch.randn(9001, 130)  # 2^17 entries are worth a thread
     same_as_reference(x, precision, ranges_for(130, precision), threads)
     assert torch.equal(native.extremes(x, threads), reference.extremes(x))
 
@@ -123,3 +137,13 @@ def test_native_serves(monkeypatch, precision):
     assert torch.equal(quantize(x, precision).codes, reference.codes(x, precision, ranges))
     with pytest.raises(BackendError, match="can't serve this call"):
         quantize(x.double(), precision)
+
+
+@each_precision
+def test_lazily_negated_views(precision):
+    # Memory holds the other sign.
+    x = torch.randn(120, 24)
+    negated = torch._neg_view(x)
+    assert torch.equal(quantize(negated, precision).codes, quantize(-x, precision).codes)
+    if precision in reference.LEVELS:
+        assert torch.equal(calibrate(negated, precision), calibrate(-x, precision))

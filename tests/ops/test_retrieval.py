@@ -1,6 +1,5 @@
 """search: every backend against the definition, in exact integers and float64."""
 
-import mmap
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from retrieval_cases import FORMS, ISAS, C, random_codes, random_queries, restore_isa, unit  # noqa: F401
+from retrieval_cases import FORMS, ISAS, C, before_a_guard, random_codes, random_queries, restore_isa, unit  # noqa: F401
 
 from leafkern.errors import BackendError, InputError
 from leafkern.ops import Quantized, dequantize, quantize, retrieval, search
@@ -39,7 +38,7 @@ def assert_exact(u, codes, k, bits, query_bits, threads=1):
 @given(
     seed=st.integers(0, 10**6),
     q=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 33]),
-    n=st.sampled_from([1, 2, 3, 5, 17, 64, 65, 500, 1500]),
+    n=st.sampled_from([1, 2, 3, 5, 17, 64, 65, 500, 3000]),
     dim=st.sampled_from(WIDTHS),
     k=st.sampled_from([1, 2, 3, 10, 64, 1000, 2048]),
     form=st.sampled_from(FORMS),
@@ -124,18 +123,34 @@ def test_wide_vectors_stay_exact(dim):
     assert_exact(u, random_codes(7, dim, 1), 3, 1, 8)
 
 
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_widest_vectors_fit_32_bits(isa):
+    C.select_isa(isa)
+    # S is 127*63*D more than the score: 255*63*D, just below 2^31.
+    codes = torch.tensor([[126], [127], [-128]], dtype=torch.int8).repeat(1, C.MAX_DIM)
+    for sign in (1, -1):
+        u = torch.full((2, C.MAX_DIM), sign * 63, dtype=torch.int8)
+        u[1] *= torch.arange(C.MAX_DIM) % 2
+        assert_exact(u, codes, 3, 8, 8)
+        assert_exact(u, torch.tensor([[0], [255]], dtype=torch.uint8).repeat(1, C.MAX_DIM // 2), 2, 4, 8)
+    assert "width 131073, above 131072" in native.unsuited(torch.empty(1, C.MAX_DIM + 1), codes, 1)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_equal_scores_come_in_order_of_ids(form):
-    codes = random_codes(3, 40, form[0]).repeat(700, 1)[: 2000 - 7]
+    # Enough rows that ties meet from several threads.
+    codes = random_codes(3, 40, form[0]).repeat(7000, 1)[: 20_000 - 7]
+    queries = random_queries(5 if form[0] == 8 else 20, 40, form[1])
     for threads in (1, 2, 3, 4):
-        assert_exact(random_queries(5, 40, form[1]), codes, 1500, *form, threads)
+        assert_exact(queries, codes, 1500, *form, threads)
     assert_exact(torch.zeros(2, 40, dtype=torch.int8) + (form[1] == 1), torch.zeros_like(codes), 10, *form)
 
 
 @pytest.mark.parametrize("rising", [True, False])
 def test_sorted_base(rising):
     # Rising scores replace the kept ones at every row.
-    codes = torch.arange(-128, 128).repeat_interleave(40).to(torch.int8)[:, None]
+    codes = torch.arange(-128, 128).repeat_interleave(200).to(torch.int8)[:, None]
     assert_exact(torch.full((2, 1), 63 if rising else -63, dtype=torch.int8), codes, 100, 8, 8, 2)
 
 
@@ -150,26 +165,26 @@ def test_rows_may_be_a_view():
         scores, ids = integer_search(u, codes, 7, 8, 8) if usable else reference.blocked(u, codes, 7, 8)
         assert torch.equal(scores.double(), expected[0])
         assert torch.equal(ids, expected[1])
-    assert native.unsuited(u, wide[:50].T, 7) == "codes whose rows are not contiguous"
-    assert native.unsuited(u, wide[:50].T[:1], 7) == "codes whose rows are not contiguous"
+    for wrong in (wide[:50].T, wide[:50].T[:1]):
+        assert native.unsuited(u, wrong, 7).startswith("rows of strides (1, 120): expected adjacent entries")
 
 
 @needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="mprotect is POSIX")
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", [8, 4, 1])
-def test_reads_nothing_beyond_the_last_row(bits, tmp_path):
-    # The file ends at a page's end, so that one byte more is a crash; dim is no multiple of any kernel's step.
-    dim = 41
-    codes = random_codes(mmap.PAGESIZE, dim, bits)
-    path = tmp_path / "codes"
-    path.write_bytes(codes.numpy().tobytes())
-    mapped = torch.from_numpy(np.memmap(path, codes.numpy().dtype, "c", shape=codes.shape))
-    for query_bits, q in [(8, 5), (8, 1), *([(1, 5), (1, 1)] if bits == 1 else [])]:
-        u = random_queries(q, dim, query_bits)
-        for part in (mapped, mapped[-5:], mapped[-1:]):
-            expected = reference.brute(u, reference.decode(part, bits, dim), 4)
-            scores, ids = native.search(u, part, 4, bits, query_bits, threads=2)
-            assert torch.equal(scores.double(), expected[0])
-            assert torch.equal(ids, expected[1])
+def test_reads_nothing_beyond_the_last_row(bits, isa):
+    C.select_isa(isa)
+    # No multiple of any kernel's step, and whole ones.
+    for n, dim in [(4097, 41), (300, 384), (3, 1000), (5, 8)]:
+        guarded = before_a_guard(random_codes(n, dim, bits))
+        for query_bits, q in [(8, 5), (8, 1), *([(1, 5), (1, 1)] if bits == 1 else [])]:
+            u = random_queries(q, dim, query_bits)
+            for part in (guarded, guarded[-5:], guarded[-1:]):
+                expected = reference.brute(u, reference.decode(part, bits, dim), 4)
+                scores, ids = native.search(u, part, 4, bits, query_bits, threads=2)
+                assert torch.equal(scores.double(), expected[0])
+                assert torch.equal(ids, expected[1])
 
 
 # ---- The public function.
@@ -409,19 +424,30 @@ def test_forced_backends(monkeypatch):
     if C is not None:
         monkeypatch.setenv("LEAFKERN_BACKEND", "native")
         assert all(torch.equal(a, b) for a, b in zip(free, search(queries, base, 5)))
-        with pytest.raises(BackendError, match=r"above 2048"):
-            search(queries, quantize(unit(3000, 24), "int8"), 2049)
+        with pytest.raises(BackendError, match=r"above 8192"):
+            search(queries, quantize(unit(9000, 24), "int8"), 8193)
         with pytest.raises(BackendError, match="retrieval=native"):
             search(queries, unit(10, 24).double(), 1)
 
 
 @needs_native
 def test_large_k_falls_back_with_a_warning():
-    base = quantize(unit(3000, 24), "int8")
-    with pytest.warns(FallbackWarning, match="k = 2500, above 2048"):
-        scores, ids = search(unit(3, 24), base, 2500)
-    assert scores.shape == (3, 2500)
-    assert all(len(set(row.tolist())) == 2500 for row in ids)
+    base = quantize(unit(9000, 24), "int8")
+    with pytest.warns(FallbackWarning, match="k = 8500, above 8192"):
+        scores, ids = search(unit(3, 24), base, 8500)
+    assert scores.shape == (3, 8500)
+    assert all(len(set(row.tolist())) == 8500 for row in ids)
+
+
+@needs_native
+@pytest.mark.parametrize("precision", ["int8", "binary", "float16"])
+def test_largest_k_is_rescored_by_the_kernels(monkeypatch, precision):
+    monkeypatch.setenv("LEAFKERN_BACKEND", "retrieval=native")
+    base, queries = unit(9000, 24), unit(3, 24)
+    scores, ids = search(queries, quantize(base, precision), 2048, oversample=4, rescore=base)
+    exact = reference.brute(queries, base, 2048)[0] if precision != "binary" else scores.double()
+    torch.testing.assert_close(scores.double(), exact, rtol=0, atol=1e-6)
+    torch.testing.assert_close((queries @ base.T).gather(1, ids), scores, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -430,17 +456,28 @@ def test_large_k_falls_back_with_a_warning():
         ({"u": torch.zeros(2, 20)}, "u: expected dtype int8"),
         ({"u": torch.zeros(20, dtype=torch.int8)}, "u: expected 2 dimensions"),
         ({"u": torch.zeros(2, 21, dtype=torch.int8)}, r"21 dimensions at 8 bits take 21 columns; got shape \(50, 20\)"),
-        ({"bits": 4}, "take 10 columns"),
+        ({"bits": 4, "codes": random_codes(50, 20, 4).repeat(1, 2)}, "take 10 columns"),
         ({"bits": 1}, "take 3 columns"),
         ({"bits": 2}, "bits, query_bits"),
         ({"query_bits": 3}, "bits, query_bits"),
-        ({"codes": torch.zeros(50, 20, dtype=torch.int32)}, "codes: expected dtype int8, uint8"),
+        ({"codes": torch.zeros(50, 20, dtype=torch.int32)}, "codes: expected dtype int8; got int32"),
         ({"codes": torch.zeros(1000, dtype=torch.int8)}, "codes: expected 2 dimensions"),
         ({"k": 0}, "k: expected an int >= 1"),
+        ({"codes": random_codes(50, 20, 8).view(torch.uint8)}, "codes: expected dtype int8; got uint8"),
+        ({"bits": 4, "codes": random_codes(50, 10, 8)}, "codes: expected dtype uint8; got int8"),
+        ({"u": torch.full((2, 20), 64, dtype=torch.int8)}, r"u: expected values in \[-63, 63\], got 64 to 64"),
+        ({"u": torch.full((2, 20), -128, dtype=torch.int8)}, r"u: expected values in \[-63, 63\], got -128 to -128"),
+        ({"query_bits": 1}, "u: expected values 1 and -1 for query_bits=1"),
     ],
 )
 def test_registered_operation_refuses_what_it_would_misread(change, message):
-    good = {"u": random_queries(2, 20, 8), "codes": random_codes(50, 20, 8), "k": 4, "bits": 8, "query_bits": 8}
+    good = {
+        "u": random_queries(2, 20, 8).masked_fill_(torch.eye(2, 20).bool(), 0),
+        "codes": random_codes(50, 20, 8),
+        "k": 4,
+        "bits": 8,
+        "query_bits": 8,
+    }
     torch.ops.leafkern.integer_search(*good.values())
     with pytest.raises(InputError, match=message):
         torch.ops.leafkern.integer_search(*(good | change).values())

@@ -37,8 +37,8 @@ def assert_exact(u, codes, k, bits, query_bits, allowed, threads=1):
 @settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    q=st.sampled_from([1, 2, 3, 5, 9]),
-    n=st.sampled_from([1, 2, 63, 64, 65, 500, 1500]),
+    q=st.sampled_from([1, 2, 3, 5, 9, 30]),
+    n=st.sampled_from([1, 2, 63, 64, 65, 500, 3000, 20_000]),
     dim=st.sampled_from([1, 8, 33, 64, 100, 384]),
     k=st.sampled_from([1, 3, 10, 2048]),
     form=st.sampled_from(FORMS),
@@ -96,6 +96,14 @@ def test_other_rows_do_no_harm():
     assert torch.isfinite(search(Q, quantize(base[:5], "binary"), 3, rescore=base[:5])[0]).all()
     with pytest.raises(InputError, match="base: row 5 holds NaN"):
         search(Q, base, 3, allowed=~allowed)
+
+
+def test_any_byte_but_0_is_true():
+    allowed = torch.zeros(200, dtype=torch.uint8)
+    allowed[7] = 2
+    for precision in ("int8", "float32"):
+        ids = search(Q, quantize(unit(200, 8), precision), 2, allowed=allowed.view(torch.bool))[1]
+        assert ids.tolist() == [[7, -1]] * 2
 
 
 def test_strided_allowed_rows():

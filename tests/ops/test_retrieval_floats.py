@@ -1,11 +1,13 @@
 """Native search of float bases and rescoring, held to the definition; sums of small integers are exact in any order."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from retrieval_cases import ISAS, C, restore_isa, unit  # noqa: F401
+from retrieval_cases import ISAS, C, before_a_guard, restore_isa, unit  # noqa: F401
 from tolerances import TOLERANCE
 
 from leafkern.errors import InputError
@@ -36,7 +38,7 @@ def assert_exact(queries, base, k, allowed=None, threads=1):
 @given(
     seed=st.integers(0, 10**6),
     q=st.sampled_from(COUNTS),
-    n=st.sampled_from([1, 2, 5, 23, 25, 63, 300, 1000]),
+    n=st.sampled_from([1, 2, 5, 23, 25, 63, 300, 3000]),
     dim=st.sampled_from([1, 7, 8, 9, 31, 33, 100, 257, 384, 600]),
     k=st.sampled_from([1, 3, 10, 2048]),
     dtype=st.sampled_from(list(native.FLOAT_FORMS)),
@@ -71,6 +73,21 @@ def test_views_and_memory_maps(tmp_path, q, dtype):
     mapped = np.memmap(tmp_path / "rows", dtype=rows.numpy().dtype, mode="c", shape=(200, 60))
     assert_exact(queries, torch.from_numpy(mapped), 9)
     assert_exact(queries.repeat(1, 2)[:, ::2], rows[:, ::2].contiguous().repeat(1, 2), 9)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="mprotect is POSIX")
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [*native.FLOAT_FORMS, torch.int8])
+def test_reads_nothing_beyond_the_last_row(isa, dtype):
+    C.select_isa(isa)
+    for n, dim in [(700, 41), (31, 384), (1, 3)]:
+        base = before_a_guard(integers(n, dim, dtype))
+        for q in COUNTS if dtype != torch.int8 else ():
+            assert_exact(integers(q, dim), base, 5, threads=2)
+        level = Quantized(base, torch.ones(dim), torch.zeros(dim), "int8", dim) if dtype == torch.int8 else base
+        queries, ids = integers(3, dim), candidates(3, n, n)
+        found, right = native.rescore(queries, level, ids, 5), reference.rescore(queries, level, ids, 5)
+        assert all(torch.equal(a, b) for a, b in zip(found, right))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -112,6 +129,16 @@ def test_every_number_of_threads(q, dtype):
         assert all(torch.equal(a, b) for a, b in zip(alone, shared))
 
 
+def test_number_of_threads_and_k_change_no_block_of_queries():
+    # What is left of these queries by one more per thread, or by k, would be scored by another kernel.
+    queries, base = unit(1366, 8), unit(2100, 8)
+    alone = native.float_search(queries, base, 2048, None, 1)
+    for threads in (2, 3, 7):
+        assert all(torch.equal(a, b) for a, b in zip(alone, native.float_search(queries, base, 2048, None, threads)))
+    few = native.float_search(queries, base, 7, None, 3)
+    assert all(torch.equal(a[:, :7], b) for a, b in zip(alone, few))
+
+
 def test_zeros_are_equal_whatever_their_sign():
     base = torch.tensor([[-0.0], [0.0], [-1.0], [0.0]])
     for q in COUNTS:
@@ -136,9 +163,33 @@ def test_what_is_not_finite_is_named_unless_it_is_not_allowed(isa, q, dtype):
         base[row, place] = 0
         clean = search(queries, base, 3, allowed=allowed)
         base[row, place] = float(bad)
-        scores, ids = search(queries, base, 3, allowed=allowed)
-        assert torch.equal(ids, clean[1])
-        assert torch.allclose(scores, clean[0])
+        # The kernels' own word, so that the reference need not serve.
+        found = native.float_search(queries, base, 3, allowed)
+        assert all(torch.equal(a, b) for a, b in zip(found, clean))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("q", COUNTS)
+def test_infinity_beside_other_rows_that_are_not_allowed(isa, q):
+    C.select_isa(isa)
+    # Neither the selection nor the NaN of another row hides it.
+    for rows in (6, 40):
+        base, allowed = torch.ones(rows, 4), torch.ones(rows, dtype=torch.bool)
+        base[1], base[2], allowed[2] = -torch.inf, torch.nan, False
+        assert native.float_search(torch.ones(q, 4), base, 1, allowed) is None
+        base[1] = 1
+        assert native.float_search(torch.ones(q, 4), base, 1, allowed) is not None
+
+
+def test_lazily_negated_views():
+    x, other = torch.randn(30, 16), torch.randn(4, 16)
+    negated, negated_other = torch._neg_view(x), torch._neg_view(other)
+    for query, base in ((other, negated), (negated_other, x)):
+        right = search(query.resolve_neg(), base.resolve_neg(), 5)
+        assert all(torch.equal(a, b) for a, b in zip(search(query, base, 5), right))
+        ids = candidates(4, 30, 9)
+        right = native.rescore(query.resolve_neg(), base.resolve_neg(), ids, 5)
+        assert all(torch.equal(a, b) for a, b in zip(native.rescore(query, base, ids, 5), right))
 
 
 @pytest.mark.parametrize("q", COUNTS)
@@ -158,6 +209,8 @@ def test_rescoring_is_registered(precision):
     for wrong in (ids + 120, ids[:3]):
         with pytest.raises(InputError, match="ids: expected numbers of 120 rows for 4 queries"):
             torch.ops.leafkern.rescore(*given[:5], wrong, 3)
+    with pytest.raises(InputError, match="keep: expected an int >= 1, got -1"):
+        torch.ops.leafkern.rescore(*given[:6], -1)
 
 
 def test_registered():
@@ -191,6 +244,24 @@ def test_rescoring_equals_the_reference(poisoned, isa, dtype, threads):
         found = native.rescore(queries, level, ids, keep, threads)
         right = reference.rescore(queries, level, ids, keep)
         assert all(torch.equal(a, b) for a, b in zip(found, right))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rescoring_orders_by_the_scores_that_it_returns(isa):
+    C.select_isa(isa)
+    # The offset's share swallows the difference of the codes.
+    level = Quantized(torch.tensor([[3], [5]], dtype=torch.int8), torch.tensor([1e-9]), torch.tensor([1e3]), "int8", 1)
+    scores, ids = native.rescore(torch.ones(1, 1), level, torch.tensor([[0, 1]]), 2)
+    assert scores.tolist() == [[1000, 1000]]
+    assert ids.tolist() == [[0, 1]]
+    codes = torch.randint(-128, 127, (384,)) + (torch.rand(200, 384) < 0.5).long()
+    for size in (0.02, 0.5, 5.0):
+        level = Quantized(codes.to(torch.int8), torch.full((384,), 0.6 / 255), torch.randn(384) * size, "int8", 384)
+        ids = candidates(50, 200, 150)
+        scores, found = native.rescore(unit(50, 384), level, ids, 120)
+        equal = scores.diff(dim=1) == 0
+        assert (scores.nan_to_num(neginf=-1e9).diff(dim=1) <= 0).all()
+        assert (found.diff(dim=1)[equal & (found[:, 1:] >= 0)] > 0).all()
 
 
 @pytest.mark.parametrize("q", [0, 1, 20])

@@ -125,7 +125,7 @@ def calibrate(x: torch.Tensor, precision: str, *, method: str = "minmax") -> tor
             f'x: "minmax" needs at least 2 rows to tell dimensions apart, got {len(x)}; use method="unit" '
             "for unit-norm vectors, or calibrate on more rows"
         )
-    return _extremes(x.detach(), precision, "x")
+    return _extremes(x.detach().resolve_neg(), precision, "x")
 
 
 def _backend(x: torch.Tensor, precision: str) -> str:
@@ -217,7 +217,7 @@ def quantize(x: torch.Tensor, precision: str, *, ranges: torch.Tensor | None = N
     needs_ranges = precision in reference.UNIT_LIMITS
     if ranges is not None and not needs_ranges:
         raise InputError(f"ranges: {precision} takes none; only int8 and int4 do")
-    x = x.detach()
+    x = x.detach().resolve_neg()  # the kernels read memory
     codes, scale, offset = None, None, None
     if needs_ranges:
         ranges = _checked_ranges(default_ranges(x, precision) if ranges is None else ranges, x)

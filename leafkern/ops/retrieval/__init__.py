@@ -20,6 +20,7 @@ MAX_ROWS = 1 << 32
 MAX_DIM = 1 << 18
 _BITS = {"int8": 8, "int4": 4, "binary": 1, "ubinary": 1}
 _PRECISION_OF = {8: "int8", 4: "int4", 1: "binary"}
+_CODE_DTYPES = {8: (torch.int8,), 4: (torch.uint8,), 1: (torch.int8, torch.uint8)}
 # Of Triton's kernels.
 _MOST_TRITON = 1024
 
@@ -46,11 +47,17 @@ def _check_integers(
     u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, query_bits: int, allowed: torch.Tensor | None
 ) -> None:
     check_tensor("u", u, ndim=2, dtypes=(torch.int8,))
-    check_tensor("codes", codes, ndim=2, dtypes=(torch.int8, torch.uint8))
-    _check_place("codes", codes, u=u)
-    _check_count("k", k)
     if bits not in _PRECISION_OF or query_bits not in (1, 8):
         raise InputError(f"bits, query_bits: expected 8, 4 or 1 and 8 or 1; got {bits} and {query_bits}")
+    check_tensor("codes", codes, ndim=2, dtypes=_CODE_DTYPES[bits])
+    _check_place("codes", codes, u=u)
+    _check_count("k", k)
+    if values_checked(u) and u.numel() > 0:
+        low, high = (int(value) for value in u.aminmax())
+        if low < -MAX_QUERY_CODE or high > MAX_QUERY_CODE:
+            raise InputError(f"u: expected values in [-{MAX_QUERY_CODE}, {MAX_QUERY_CODE}], got {low} to {high}")
+        if query_bits == 1 and not bool((u.abs() == 1).all()):
+            raise InputError("u: expected values 1 and -1 for query_bits=1")
     width = code_width(_PRECISION_OF[bits], u.shape[1])
     if codes.shape[1] != width:
         raise InputError(
@@ -296,6 +303,7 @@ def _rescore(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_tensor("queries", queries, ndim=2, dtypes=(torch.float32,))
     check_tensor("ids", ids, ndim=2, dtypes=(torch.int64,))
+    _check_count("keep", keep)
     level = Quantized(rows, scale, offset, precision, queries.shape[1]) if precision else rows
     _check_level("rows", level, queries)
     if len(ids) != len(queries) or (values_checked(ids) and ids.numel() and int(ids.amax()) >= len(rows)):
@@ -337,18 +345,19 @@ def search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k vectors of `base` with the largest dot products: (scores float32, ids int64), (Q, min(k, N)) each.
 
-    Best first; equal scores in order of ids. No gradient.
+    Best first; equal scores in order of ids (int8, int4: equal I). No gradient.
 
     queries: floating-point (Q, D), computed in float32. base: floating-point Tensor (N, D) or `Quantized`.
     int8, int4: vectors stand for offset + scale*c. The query is folded, w = q*scale, to 7 bits: a = max|w|/63,
-    u = w/a rounded half to even; I = sum of u*c, exact in integers; score = sum of q*offset + a*I. Ordered by I.
+    u = w/a rounded half to even; I = sum of u*c, exact in integers; score = sum of q*offset + a*I. Ordered by I,
+    then lower id: where offsets far outweigh the codes, different I may round to equal scores.
     binary, ubinary: query_bits=1 scores D - 2*hamming of the signs; query_bits=8 folds w = q as above and scores
     a*I, I = sum of u*(2*bit - 1). None: 8 when rescoring, else 1.
     fp8: queries are quantised likewise, products in float32. float32, float16, other tensors: products in float32.
 
     rescore: the same N rows more finely, one level or a list from coarse to fine; scored as float query times
     dequantised row, of the candidates only. The first stage keeps oversample*k, each level but the last half of
-    what it got (at least k). All candidates of a query are gathered at once: oversample*k float32 rows of memory.
+    what it got (at least k). The reference gathers all candidates of a query: oversample*k float32 rows of memory.
 
     allowed: bool Tensor (N,) on base's device: only rows where it is true are returned; None: all. Where fewer than
     min(k, N) are allowed, the rest has score -inf and id -1. Values of other rows do no harm.
@@ -365,7 +374,8 @@ def search(
 
     Backends (k: oversample*k when rescoring): Triton (CUDA; int8, int4, fp8, binary, float32, float16, bfloat16; k <=
     1024; float scores are those of float32, rows that tie to their rounding may come in another order); native (CPU;
-    int8, int4, binary, float32, float16; k <= 2048; levels of float32, float16 or int8); else the PyTorch reference.
+    int8, int4, binary, float32, float16; k <= 8192; levels of float32, float16 or int8); else the PyTorch reference.
+    Levels are no choice that LEAFKERN_BACKEND could force: what the kernels don't rescore, the reference does, unsaid.
     """
     check_floating("queries", queries, ndim=2)
     if queries.shape[1] < 1:

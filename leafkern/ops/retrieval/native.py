@@ -21,7 +21,7 @@ def unsuited(queries: torch.Tensor, rows: torch.Tensor, k: int) -> str | None:
         return f"width {queries.shape[1]}, above {module.MAX_DIM} (255*63*D must stay below 2^31)"
     n, width = rows.shape
     if (width > 1 and rows.stride(1) != 1) or (n > 1 and rows.stride(0) < width):
-        return "codes whose rows are not contiguous"
+        return f"rows of strides {rows.stride()}: expected adjacent entries and rows apart, as .contiguous() gives"
     return None
 
 
@@ -34,7 +34,7 @@ def search(
     allowed: torch.Tensor | None = None,
     threads: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.blocked`, for contiguous rows of codes on CPU and min(k, N) <= 2048; `threads`: torch's."""
+    """As `reference.blocked`, for contiguous rows of codes on CPU and min(k, N) <= 8192; `threads`: torch's."""
     form = {8: 0, 4: 1, 1: 3 if query_bits == 1 else 2}[bits]
     flip = 0x80 if bits == 1 and codes.dtype == torch.int8 else 0
     scores, ids, _ = _search(form, flip, u, codes, k, allowed, threads)
@@ -71,7 +71,10 @@ def rescore(
     """As `reference.rescore`, for contiguous rows of float32, float16 or int8; None where a score is not finite."""
     module, _ = library()
     rows, bias = (level.codes, level.offset) if isinstance(level, Quantized) else (level, None)
-    folded = queries if bias is None else queries * level.scale
+    folded, rows = queries.resolve_neg(), rows.resolve_neg()
+    if bias is not None:
+        # Added before the selection: candidates are ordered by the scores that are returned.
+        folded, bias = folded * level.scale, (folded * bias).sum(1)
     folded, ids = folded.contiguous(), ids.contiguous()
     keep = min(keep, ids.shape[1])
     scores = torch.empty((len(ids), keep), dtype=torch.int32, device="cpu")
@@ -82,11 +85,10 @@ def rescore(
     sizes = (_LEVEL_FORMS[rows.dtype], rows.shape[1], len(ids), stride, ids.shape[1], keep)
     sizes += (threads or torch.get_num_threads(),)
     workspace = torch.empty(module.rescore_workspace(sizes), dtype=torch.uint8, device="cpu")
-    pointers = [part.data_ptr() for part in (folded, rows, ids, scores, best, workspace)]
-    if not module.rescore(sizes, *pointers, workspace.numel()):
-        return None
-    scores = scores.view(torch.float32)
-    return (scores if bias is None else scores + (queries * bias).sum(1, keepdim=True)), best
+    parts = (folded, bias, rows, ids, scores, best, workspace)
+    pointers = [0 if part is None else part.data_ptr() for part in parts]
+    finite = module.rescore(sizes, *pointers, workspace.numel())
+    return (scores.view(torch.float32), best) if finite else None
 
 
 def _search(
@@ -99,7 +101,7 @@ def _search(
     threads: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     module, _ = library()
-    queries = queries.contiguous()
+    queries, rows = queries.resolve_neg().contiguous(), rows.resolve_neg()
     n, k = len(rows), min(k, len(rows))
     scores = torch.empty((len(queries), k), dtype=torch.int32, device="cpu")
     ids = torch.empty((len(queries), k), dtype=torch.int64, device="cpu")
