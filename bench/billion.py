@@ -6,21 +6,16 @@ Arithmetic, not a measurement: every figure of the page follows from results/*/s
 Nothing that large was run.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from leafkern.console import guarded
-from leafkern.errors import InputError
 from leafkern.evaluate import OVERSAMPLE, bytes_per_vector
-from leafkern.files import atomic_file
 from leafkern.report.evaluation import precision_name
 
 from . import figures
 from .figures import table
-from .machine import results_folder
 
 ROWS, WIDTH, K = 1_000_000_000, 256, 10
 BATCHES = (1, 32, 1000)
@@ -166,23 +161,12 @@ def drivers(cpu: Mapping[str, figures.Measured]) -> str:
     return "\n".join(said)
 
 
+def made(results: Path) -> str:
+    return page(*(figures.cases(results / machine, "search") for machine in ("cpu", "h200")))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.billion", description=__doc__.partition("\n")[0])
-    parser.add_argument("--results", type=Path, default=results_folder(), help="folder of the measurements")
-    parser.add_argument("--output", type=Path, help="the page (default: billion.md among the results)")
-    parser.add_argument("--debug", action="store_true", help="a traceback with an error")
-    given = parser.parse_args(arguments)
-    path = given.output or given.results / "billion.md"
-
-    def write() -> None:
-        if not given.results.is_dir():
-            raise InputError(f"--results: {given.results}: no such folder")
-        cpu, gpu = (figures.cases(given.results / machine, "search") for machine in ("cpu", "h200"))
-        with atomic_file(path) as temporary:
-            temporary.write_text(page(cpu, gpu), encoding="utf-8")
-        print(path)
-
-    return guarded(write, debug=given.debug)
+    return figures.page_command("billion", __doc__, "billion.md", made, arguments)
 
 
 if __name__ == "__main__":

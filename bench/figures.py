@@ -1,11 +1,16 @@
 """What the result files hold, for the pages that are made from them: cases by name, tables, shares."""
 
+import argparse
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from leafkern.files import read_json
+from leafkern.console import guarded
+from leafkern.errors import InputError
+from leafkern.files import atomic_file, read_json
+
+from .machine import results_folder
 
 
 class Measured(NamedTuple):
@@ -87,3 +92,22 @@ def origin(documents: Iterable[Mapping]) -> str:
         where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {machine['threads']} threads"
         said[f"{one['date'][:10]}, commit {short(one['commit'])}, {where}"] = None
     return "; ".join(said)
+
+
+def page_command(name: str, about: str, page: str, made: Callable[[Path], str], arguments: Sequence[str] | None) -> int:
+    """`python -m bench.NAME`: writes made(folder of the measurements) to `page` there, or where it is told to."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=about.partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=results_folder(), help="folder of the measurements")
+    parser.add_argument("--output", type=Path, help=f"the page (default: {page} among the results)")
+    parser.add_argument("--debug", action="store_true", help="a traceback with an error")
+    given = parser.parse_args(arguments)
+    path = given.output or given.results / page
+
+    def write() -> None:
+        if not given.results.is_dir():
+            raise InputError(f"--results: {given.results}: no such folder")
+        with atomic_file(path) as temporary:
+            temporary.write_text(made(given.results), encoding="utf-8")
+        print(path)
+
+    return guarded(write, debug=given.debug)

@@ -6,19 +6,15 @@ Reads results/*/{search,quantization,index}*.json and results/recall/recall.json
 so. A full run of these benchmarks ends with the lines that its folder of results can fill.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from leafkern.console import guarded
-from leafkern.errors import InputError
-from leafkern.files import atomic_file, read_json
+from leafkern.files import read_json
 
 from . import figures
 from .figures import Measured, table
-from .machine import results_folder
 
 OPERATIONS = ("search", "quantization", "index")
 OTHERS = ("FAISS", "USearch", "NumKong")
@@ -195,21 +191,7 @@ def page(found: Mapping) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.targets", description=__doc__.partition("\n")[0])
-    parser.add_argument("--results", type=Path, default=results_folder(), help="folder of the measurements")
-    parser.add_argument("--output", type=Path, help="the page (default: search.md among the results)")
-    parser.add_argument("--debug", action="store_true", help="a traceback with an error")
-    given = parser.parse_args(arguments)
-
-    def write() -> None:
-        if not given.results.is_dir():
-            raise InputError(f"--results: {given.results}: no such folder")
-        text = page(measurements(given.results))
-        with atomic_file(given.output or given.results / "search.md") as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        print(text, end="")
-
-    return guarded(write, debug=given.debug)
+    return figures.page_command("targets", __doc__, "search.md", lambda folder: page(measurements(folder)), arguments)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
+#include "common/memory.h"
 #include "common/pool.h"
 
 namespace leafkern {
@@ -312,20 +309,6 @@ class Relative {
     Sum sums_[kMaxSlots];
 };
 
-// Large pages, where the system gives them on request, for memory that is likely fresh: fewer faults, and the sorts and
-// streams write all over it.
-void ask_for_large_pages(void* memory, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t kPage = 2 << 20;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)memory;
-    (void)bytes;
-#endif
-}
-
 }  // namespace
 
 size_t relative_workspace(const RelativeKernels& kernels, const RelativeArguments& arguments) {
@@ -333,10 +316,11 @@ size_t relative_workspace(const RelativeKernels& kernels, const RelativeArgument
 }
 
 void relative(const RelativeKernels& kernels, const RelativeArguments& arguments, unsigned char* workspace) {
-    ask_for_large_pages(workspace, relative_workspace(kernels, arguments));
+    // Memory that is likely fresh: the sorts and streams write all over it.
+    advise_huge(workspace, relative_workspace(kernels, arguments));
     const size_t score = arguments.is_double ? sizeof(double) : sizeof(float);
     if (arguments.gradient)
-        ask_for_large_pages(arguments.gradient, score * arguments.batch * arguments.batch * arguments.widths);
+        advise_huge(arguments.gradient, score * arguments.batch * arguments.batch * arguments.widths);
     Relative(kernels, arguments, workspace).run();
 }
 

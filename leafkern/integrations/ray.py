@@ -15,6 +15,7 @@ no output.
 import hashlib
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -341,7 +342,7 @@ def _check_listed(output: Path) -> None:
         raise InputError(f"output: {output} holds the shard {foreign[0]!r}, made by other means; choose another folder")
 
 
-class _Worker:
+class _Worker(ABC):
     """What an actor does with each file: encodes it, unless its output is there."""
 
     def __init__(self, model: str, device: str, threads: int, options: dict):
@@ -396,9 +397,9 @@ class _Worker:
         """The literal text put before each text."""
         return self.encoder.prompt_text(self.options["prompt"])
 
+    @abstractmethod
     def encode(self, source: Path, target: Path) -> int:
         """Writes the output, atomically; its rows."""
-        raise NotImplementedError
 
 
 class _VectorFiles(_Worker):

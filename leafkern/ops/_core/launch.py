@@ -108,6 +108,12 @@ def unit_columns(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def tile_options(warps: int, stages: int) -> dict:
+    """What the launch of a kernel of tiles passes to the compiler. Left alone, ptxas spills to win occupancy; fusing
+    multiplication and addition is Triton's default, which 3.10 changes and 3.9 warns about."""
+    return {"num_warps": warps, "num_stages": stages, "maxnreg": 255, "enable_fp_fusion": True}
+
+
 @dataclass(frozen=True)
 class Config:
     """How a kernel over rows is cut: a tile is `rows` tokens by `columns` entries, and `programs` run on a

@@ -43,7 +43,7 @@ import torch
 import triton
 
 from leafkern.ops._core.cubin import Shipped
-from leafkern.ops._core.launch import next_power_of_2, on_device, precision
+from leafkern.ops._core.launch import next_power_of_2, on_device, precision, tile_options
 from leafkern.ops.attention import tuning
 from leafkern.ops.attention.device import (
     PLAIN,
@@ -76,9 +76,8 @@ class Config:
 
     @property
     def options(self) -> dict:
-        """What the launch passes to the compiler. Left alone, ptxas spills to win occupancy; fusing multiplication and
-        addition is Triton's default, which 3.10 changes and 3.9 warns about."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255, "enable_fp_fusion": True}
+        """What the launch passes to the compiler."""
+        return tile_options(self.warps, self.stages)
 
 
 # By width up to which they serve. Of blocks whose registers suffice on every architecture, the largest; loads one step

@@ -47,7 +47,7 @@ import torch
 import triton
 
 from leafkern.ops._core.cubin import Shipped
-from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, precision, unit_columns
+from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, precision, tile_options, unit_columns
 from leafkern.ops.contrastive.device import (
     PAIR,
     PAIR_SUM,
@@ -85,9 +85,8 @@ class Tile:
 
     @property
     def options(self) -> dict:
-        """What the launch passes to the compiler. Left alone, ptxas spills to win occupancy; fusing multiplication and
-        addition is Triton's default, which 3.10 changes and 3.9 warns about."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255, "enable_fp_fusion": True}
+        """What the launch passes to the compiler."""
+        return tile_options(self.warps, self.stages)
 
     def constants(self, bounds: tuple[int, ...], precision: str) -> dict:
         cut = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth}

@@ -31,7 +31,14 @@ import torch
 import triton
 
 from leafkern.ops._core.cubin import ARCHITECTURES, SHARED_PER_BLOCK, Shipped
-from leafkern.ops._core.launch import multiprocessors, next_power_of_2, on_device, precision, shared_memory
+from leafkern.ops._core.launch import (
+    multiprocessors,
+    next_power_of_2,
+    on_device,
+    precision,
+    shared_memory,
+    tile_options,
+)
 from leafkern.ops.quantization import reference as quantization
 from leafkern.ops.retrieval import reference, streaming
 from leafkern.ops.retrieval.device import bits_kernel, key_kernel, scan_kernel, score_kernel
@@ -69,9 +76,8 @@ class Cut:
 
     @property
     def options(self) -> dict:
-        """What the launch passes to the compiler. Left alone, ptxas spills to win occupancy; fusing multiplication and
-        addition is Triton's default, which 3.10 changes and 3.9 warns about."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255, "enable_fp_fusion": True}
+        """What the launch passes to the compiler."""
+        return tile_options(self.warps, self.stages)
 
 
 def configure(form: str, size: int, queries: int, width: int, shared: int) -> Cut:
