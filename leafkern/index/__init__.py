@@ -26,6 +26,7 @@ from leafkern.index.manifest import (
     PRECISIONS,
     RESCORE_PRECISIONS,
     VERSION,
+    Described,
     checked_rescore,
     code_bytes,
     fingerprint,
@@ -44,7 +45,7 @@ class ClippedWarning(UserWarning):
     """Added vectors hold values outside the ranges that were frozen when the index was built."""
 
 
-class Index:
+class Index(Described):
     """An exact dot-product index on disk. Made by `Index.build` or `Index.open`.
 
     path: its folder. width, precision, rescore: of the vectors, of the codes scanned, of the codes rescored (or None).
@@ -182,40 +183,17 @@ class Index:
         index.refresh()
         return index
 
-    def __len__(self) -> int:
-        return self._state.manifest["count"]
+    @property
+    def _facts(self) -> dict:
+        return self._state.manifest
 
     def __repr__(self) -> str:
         return f"Index({str(self.path)!r}: {len(self)} × {self.width}, {self.precision}, rescore {self.rescore})"
 
     @property
-    def width(self) -> int:
-        return self._state.manifest["width"]
-
-    @property
-    def precision(self) -> str:
-        return self._state.manifest["precision"]
-
-    @property
-    def rescore(self) -> str | None:
-        return self._state.manifest["rescore"]
-
-    @property
-    def encoder(self) -> str | None:
-        return self._state.manifest["encoder"]
-
-    @property
-    def prompt(self) -> str | None:
-        return self._state.manifest["prompt"]
-
-    @property
     def source(self) -> dict | None:
         """What the last `build` or `add` that was given a source said of it."""
         return self._state.manifest["source"]
-
-    @property
-    def has_texts(self) -> bool:
-        return self._state.manifest["texts"]
 
     @property
     def rotates(self) -> bool:

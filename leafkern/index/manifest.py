@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -45,6 +46,41 @@ def checked_rescore(precision: str, rescore: str | None) -> str | None:
     if PRECISIONS.index(rescore) >= PRECISIONS.index(precision):
         raise InputError(f"rescore: {rescore} is not finer than the precision {precision}; give a finer one or None")
     return rescore
+
+
+class Described(ABC):
+    """What the manifests of an index, or of all shards alike, say of the vectors."""
+
+    @property
+    @abstractmethod
+    def _facts(self) -> dict: ...
+
+    def __len__(self) -> int:
+        return self._facts["count"]
+
+    @property
+    def width(self) -> int:
+        return self._facts["width"]
+
+    @property
+    def precision(self) -> str:
+        return self._facts["precision"]
+
+    @property
+    def rescore(self) -> str | None:
+        return self._facts["rescore"]
+
+    @property
+    def encoder(self) -> str | None:
+        return self._facts["encoder"]
+
+    @property
+    def prompt(self) -> str | None:
+        return self._facts["prompt"]
+
+    @property
+    def has_texts(self) -> bool:
+        return self._facts["texts"]
 
 
 def fingerprint(encoder: object) -> str | None:

@@ -28,7 +28,7 @@ import torch
 from leafkern.errors import DamagedFileError, InputError
 from leafkern.files import TEMPORARY, confined, make_folder, read_json, remove_leftovers, write_json, writing
 from leafkern.index import Index
-from leafkern.index.manifest import checked_rescore, query_fingerprint
+from leafkern.index.manifest import Described, checked_rescore, query_fingerprint
 from leafkern.index.reader import Candidates, joined
 from leafkern.index.vectors import Rows, check_distinct, id_array
 from leafkern.ops.quantization import CALIBRATION_ROWS
@@ -59,7 +59,7 @@ class _State(NamedTuple):
     missing: dict[Path, Exception]
 
 
-class Shards:
+class Shards(Described):
     """Indexes in several folders, searched as one. Made by `Shards.open` or `Shards.build`.
 
     A handle shows the shards as they were when it was opened or refreshed, to any number of threads.
@@ -199,36 +199,13 @@ class Shards:
         starts = [0, *accumulate(index.row_count for index in indexes.values())]
         return _State(indexes, starts, facts, missing)
 
-    def __len__(self) -> int:
-        return self._state.facts["count"]
+    @property
+    def _facts(self) -> dict:
+        return self._state.facts
 
     def __repr__(self) -> str:
         shards = len(self._state.indexes)
         return f"Shards({shards} shards: {len(self)} × {self.width}, {self.precision}, rescore {self.rescore})"
-
-    @property
-    def width(self) -> int:
-        return self._state.facts["width"]
-
-    @property
-    def precision(self) -> str:
-        return self._state.facts["precision"]
-
-    @property
-    def rescore(self) -> str | None:
-        return self._state.facts["rescore"]
-
-    @property
-    def encoder(self) -> str | None:
-        return self._state.facts["encoder"]
-
-    @property
-    def prompt(self) -> str | None:
-        return self._state.facts["prompt"]
-
-    @property
-    def has_texts(self) -> bool:
-        return self._state.facts["texts"]
 
     @property
     def row_count(self) -> int:
