@@ -222,6 +222,17 @@ def test_registered():
         assert torch.equal(found, right)
 
 
+def test_fp8_is_registered():
+    queries, base = unit(5, 24), quantize(unit(40, 24), "fp8")
+    given = queries, base.codes, base.scale, 3
+    # The other checks compare the inputs before and after, which torch can't do with e4m3 on a CPU.
+    operation, masked = torch.ops.leafkern.fp8_search.default, (*given, torch.rand(40) < 0.5)
+    torch.library.opcheck(operation, masked, test_utils="test_faketensor")
+    compiled = torch.compile(lambda x: search(x, base, 3), backend="aot_eager", fullgraph=True)
+    for found, right in zip(compiled(queries), torch.ops.leafkern.fp8_search(*given)):
+        assert torch.equal(found, right)
+
+
 # ---- Rescoring.
 
 

@@ -202,20 +202,32 @@ float_search = register(
 
 
 def _fp8_search(
-    queries: torch.Tensor, base: Quantized, k: int, allowed: torch.Tensor | None
+    queries: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, k: int, allowed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if choose("retrieval", _candidates(queries, base.codes, k)) == "triton":
+    check_tensor("queries", queries, ndim=2, dtypes=(torch.float32,))
+    _check_level("codes", Quantized(codes, scale, None, "fp8", queries.shape[1]), queries)
+    _check_count("k", k)
+    _check_allowed(allowed, len(codes), codes.device)
+    if choose("retrieval", _candidates(queries, codes, k)) == "triton":
         from leafkern.ops.retrieval import kernels
 
-        found = kernels.fp8_search(queries, base.codes, base.scale, k, allowed)
+        found = kernels.fp8_search(queries, codes, scale, k, allowed)
         if not _shows_infinity(*found):
             return found
-    codes, scale = quantization.fp8(queries)
+    own, own_scale = quantization.fp8(queries)
 
     def rows(start, stop):
-        return base.codes[start:stop].float() * base.scale[start:stop, None]
+        return codes[start:stop].float() * scale[start:stop, None]
 
-    return reference.blocked_float(codes.float() * scale[:, None], rows, len(base), k, _finite_scores, allowed)
+    return reference.blocked_float(own.float() * own_scale[:, None], rows, len(codes), k, _finite_scores, allowed)
+
+
+# queries float32 (Q, D), quantised inside; codes e4m3 (N, D), scale float32 (N,); the rest as of float_search.
+fp8_search = register(
+    "fp8_search(Tensor queries, Tensor codes, Tensor scale, int k, Tensor? allowed=None) -> (Tensor, Tensor)",
+    _fp8_search,
+    lambda queries, codes, scale, k, allowed=None: _float_search_fake(queries, codes, k),
+)
 
 
 class FoldedQueries(NamedTuple):
@@ -284,7 +296,7 @@ def _first_stage(
     queries: torch.Tensor, base: torch.Tensor | Quantized, k: int, query_bits: int, allowed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(base, Quantized) and base.precision == "fp8":
-        return _fp8_search(queries, base, k, allowed)
+        return fp8_search(queries, base.codes, base.scale, k, allowed)
     if not is_integer(base):
         return float_search(queries, base.codes if isinstance(base, Quantized) else base.detach(), k, allowed)
     folded = FoldedQueries.of(queries, base, query_bits)
