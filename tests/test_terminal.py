@@ -11,6 +11,7 @@ import pytest
 pty = pytest.importorskip("pty", reason="pseudo-terminals are POSIX's")
 
 BAR = "━"
+END = b"\x04end of what was drawn\x04"
 
 
 def at_a_terminal(*arguments, cwd):
@@ -19,23 +20,21 @@ def at_a_terminal(*arguments, cwd):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLUMNS": "120"}
     command = [sys.executable, "-m", "leafkern", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment, cwd=cwd)
-    os.close(theirs)
-    drawn = []
+    drawn = bytearray()
 
     def read():
-        # Linux ends a terminal whose other side is closed with EIO, other systems with an empty read.
-        try:
-            while block := os.read(ours, 65536):
-                drawn.append(block)
-        except OSError:
-            pass
+        while not drawn.endswith(END):
+            drawn.extend(os.read(ours, 65536))
 
-    reader = threading.Thread(target=read)
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
     out = process.communicate(timeout=300)[0].decode()
-    reader.join()
+    # Our side of the terminal stays open until all is read: a kernel may drop what is unread when the last one closes.
+    os.write(theirs, END)
+    reader.join(timeout=60)
+    os.close(theirs)
     os.close(ours)
-    return process.returncode, out, b"".join(drawn).decode()
+    return process.returncode, out, drawn.removesuffix(END).decode()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ Where codes of 8 or 4 bits have ranges of each shard's own, which `Shards.build`
 exact as these codes are.
 """
 
+import copy
 import os
 import re
 import shutil
@@ -198,6 +199,10 @@ class Shards(Described):
         facts = alike({folder: index.info() for folder, index in indexes.items()})
         starts = [0, *accumulate(index.row_count for index in indexes.values())]
         return _State(indexes, starts, facts, missing)
+
+    def pinned(self) -> "Shards":
+        """As `Index.pinned`: row numbers keep their meaning, whoever refreshes this handle meanwhile."""
+        return copy.copy(self)
 
     @property
     def _facts(self) -> dict:

@@ -109,7 +109,9 @@ def test_facts_texts_and_refresh(parts):
     new = unit(1)
     Index.open(folders[1]).add(new, ids=["new"], texts=["new text"])
     assert "new" not in shards.search(new, 1)[1]
+    before = shards.pinned()
     shards.refresh()
+    assert (len(before), len(shards)) == (120, 121)
     _, rows = shards.search_rows(new, 1)
     assert (shards.ids_at(rows), shards.texts_at(rows)) == ("new", "new text")
     assert len(shards) == 121
