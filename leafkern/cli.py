@@ -129,20 +129,24 @@ def encode(
     if ids_field is not None and not index:
         raise InputError(f"--ids-field: {output} is no index, and keeps no ids; leave it out")
     options = {"field": field, "dim": dim, "prompt": prompt}
-    with progress_bar() as report:
-        if index:
-            options |= {"precision": precision or "int8", "rescore": _level(rescore), "ids_field": ids_field}
-            built = encode_index(
-                lambda: open_model(model, device), input, output, **options, texts=texts, progress=report
-            )
-            say(_described(built))
-            print(output)
-        else:
-            options |= {"precision": precision or "float32"}
+    if index:
+        options |= {
+            "precision": precision or "int8",
+            "rescore": _level(rescore),
+            "ids_field": ids_field,
+            "texts": texts,
+        }
+        with progress_bar() as report:
+            built = encode_index(lambda: open_model(model, device), input, output, **options, progress=report)
+        say(_described(built))
+        print(output)
+    else:
+        options |= {"precision": precision or "float32"}
+        with progress_bar() as report:
             rows, width = encode_file(
                 lambda: open_model(model, device), input, Path(output), **options, progress=report
             )
-            say(f"{rows:,} vectors of width {width}, {options['precision']}: {output}")
+        say(f"{rows:,} vectors of width {width}, {options['precision']}: {output}")
 
 
 def _level(rescore: str) -> str | None:
