@@ -210,6 +210,12 @@ PYBIND11_MODULE(_C, module) {
     module.attr("MAX_DIM") = kMaxDim;
     module.attr("MAX_K") = kMaxK;
 
+    module.def("fold", [](uintptr_t w, int64_t rows, int64_t dim, uintptr_t u, uintptr_t a) {
+        if (rows < 0 || dim < 0) throw std::invalid_argument("fold: rows or dim out of range");
+        py::gil_scoped_release released;
+        chosen.search->fold(reinterpret_cast<const float*>(w), rows, dim, reinterpret_cast<int8_t*>(u),
+                            reinterpret_cast<float*>(a));
+    });
     module.def("search_workspace",
                [](int form, int dim, int flip, int64_t queries, int64_t count, int64_t stride, int k, int threads) {
                    return search_workspace(*chosen.search, search_arguments(form, dim, flip, queries, count, stride, k, threads));

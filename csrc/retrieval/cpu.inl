@@ -23,6 +23,7 @@ size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 #include "common/topk.inl"
 #include "retrieval/bits.inl"
 #include "retrieval/floats.inl"
+#include "retrieval/fold.inl"
 #include "retrieval/integers.inl"
 #include "retrieval/signs.inl"
 
@@ -34,6 +35,7 @@ size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 extern const SearchKernels search_kernels;
 const SearchKernels search_kernels = {
     LEAFKERN_TEXT(LEAFKERN_ISA),
+    fold,
     {kValues<Int8>, kValues<Int4>, kBits, kSigns, kFloats<Float32>, kFloats<Float16>, kWhole8}};
 
 }  // namespace LEAFKERN_ISA

@@ -59,6 +59,8 @@ struct FormKernels {
 // What each instruction set offers, by Form.
 struct SearchKernels {
     const char* isa;
+    // w (rows, dim) contiguous and finite as u, int8 of the same shape, and a (rows,).
+    void (*fold)(const float* w, int64_t rows, int64_t dim, int8_t* u, float* a);
     FormKernels forms[kForms];
 };
 

@@ -79,6 +79,7 @@ def test_checks_name_rows():
     x[1:3] = 0
     with pytest.raises(InputError, match=r"x: row 1 has length 0 \(2 such rows\)"):
         checks.check_nonzero_rows("x", x)
+    checks.check_finite_rows("x", torch.full((4, 3), 3e38))  # whose sum is not
     checks.check_finite_rows("x", torch.empty(0, 3))
     checks.check_nonzero_rows("x", torch.empty(3, 0))
     checks.check_finite_rows("x", torch.empty(4, 3, device="meta"))

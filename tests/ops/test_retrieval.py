@@ -208,6 +208,23 @@ def test_fold():
     assert fold(torch.tensor([[63.0, 0.5, 1.5, -2.5, -0.5]]))[0].tolist() == [[63, 0, 2, -2, 0]]
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@given(seed=st.integers(0, 2**31), rows=st.integers(0, 4), dim=st.integers(1, 70), power=st.integers(-46, 37))
+def test_folds_to_the_bits_of_the_reference(isa, seed, rows, dim, power):
+    C.select_isa(isa)
+    draw = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, dim, generator=draw) * torch.tensor(10.0**power)
+    # Halves of steps and zeros of both signs, rows of zeros alone.
+    w = torch.where(
+        torch.rand(rows, dim, generator=draw) < 0.3, (w / w.abs().amax(1, keepdim=True) * 126).round() / 2, w
+    ).nan_to_num()
+    w[torch.rand(rows, generator=draw) < 0.2] *= -0.0
+    for found, expected in zip(native.fold(w), reference.fold(w)):
+        assert torch.equal(found, expected)
+    strided = torch.empty(rows, 2 * dim)[:, ::2].copy_(w)
+    assert torch.equal(native.fold(strided)[0], native.fold(w)[0])
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("dim", [5, 64])
 def test_scores_are_those_of_the_contract(precision, dim):

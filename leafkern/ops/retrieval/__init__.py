@@ -8,13 +8,20 @@ import torch
 from leafkern.errors import InputError
 from leafkern.ops._core import launch
 from leafkern.ops._core.backend import choose, forced_backend
-from leafkern.ops._core.checks import check_finite_rows, check_floating, check_same_device, check_tensor, values_checked
+from leafkern.ops._core.checks import (
+    all_finite,
+    check_finite_rows,
+    check_floating,
+    check_same_device,
+    check_tensor,
+    values_checked,
+)
+from leafkern.ops._core.native import unavailable
 from leafkern.ops._core.registration import register, without_autocast
 from leafkern.ops.quantization import Quantized, code_width
 from leafkern.ops.quantization import reference as quantization
 from leafkern.ops.retrieval import native, reference
 
-MAX_QUERY_CODE = 63
 MAX_ROWS = 1 << 32
 # 63 * 128 * D must stay below 2^31.
 MAX_DIM = 1 << 18
@@ -54,8 +61,10 @@ def _check_integers(
     _check_count("k", k)
     if values_checked(u) and u.numel() > 0:
         low, high = (int(value) for value in u.aminmax())
-        if low < -MAX_QUERY_CODE or high > MAX_QUERY_CODE:
-            raise InputError(f"u: expected values in [-{MAX_QUERY_CODE}, {MAX_QUERY_CODE}], got {low} to {high}")
+        if low < -reference.MAX_QUERY_CODE or high > reference.MAX_QUERY_CODE:
+            raise InputError(
+                f"u: expected values in [-{reference.MAX_QUERY_CODE}, {reference.MAX_QUERY_CODE}], got {low} to {high}"
+            )
         if query_bits == 1 and not bool((u.abs() == 1).all()):
             raise InputError("u: expected values 1 and -1 for query_bits=1")
     width = code_width(_PRECISION_OF[bits], u.shape[1])
@@ -64,6 +73,13 @@ def _check_integers(
             f"codes: {u.shape[1]} dimensions at {bits} bits take {width} columns; got shape {tuple(codes.shape)}"
         )
     _check_allowed(allowed, len(codes), codes.device)
+
+
+def _runs_native(queries: torch.Tensor) -> bool:
+    """Whether a step beside the search itself is for the compiled kernels, where they know it."""
+    if queries.device.type != "cpu" or not values_checked(queries):
+        return False
+    return forced_backend("retrieval") in (None, "native")
 
 
 def _candidates(
@@ -83,6 +99,12 @@ def _integer_search(
     u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, query_bits: int, allowed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_integers(u, codes, k, bits, query_bits, allowed)
+    return _chosen_integers(u, codes, k, bits, query_bits, allowed)
+
+
+def _chosen_integers(
+    u: torch.Tensor, codes: torch.Tensor, k: int, bits: int, query_bits: int, allowed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     backend = choose("retrieval", _candidates(u, codes, k, native=lambda: native.unsuited(u, codes, k)))
     if backend == "triton":
         from leafkern.ops.retrieval import kernels
@@ -110,13 +132,9 @@ integer_search = register(
 def fold(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries w float32 (Q, D) as 7-bit integers: (u int8 in [-63, 63], a float32 (Q,)), w ~ a*u.
 
-    a = max|w|/63, u = w/a rounded half to even; w = 0 gives a = 0, u = 0.
+    a = max|w|/63, u = w/a rounded half to even; w = 0 gives a = 0, u = 0. Every backend gives the same bits.
     """
-    a = w.abs().amax(1)
-    # A tensor divisor: CUDA turns division by a Python number into a multiplication, which rounds differently.
-    a = a / torch.full_like(a, MAX_QUERY_CODE)
-    u = (w / torch.where(a == 0, 1, a)[:, None]).round().clamp(-MAX_QUERY_CODE, MAX_QUERY_CODE)
-    return torch.where(a[:, None] == 0, 0, u).to(torch.int8), a
+    return native.fold(w) if _runs_native(w) and unavailable() is None else reference.fold(w)
 
 
 def _size(level: torch.Tensor | Quantized) -> tuple[int, int]:
@@ -152,7 +170,7 @@ def _finite_scores(scores: torch.Tensor, first_row: int) -> None:
 
 
 def _check_fits(x: torch.Tensor, what: str) -> None:
-    if not values_checked(x) or torch.isfinite(x).all():
+    if not values_checked(x) or all_finite(x):
         return
     row = int((~torch.isfinite(x).all(dim=1)).nonzero()[0])
     raise InputError(f"queries: row {row} is too large: {what} overflow float32; scale it down")
@@ -261,7 +279,10 @@ class FoldedQueries(NamedTuple):
         self, codes: torch.Tensor, k: int, allowed: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `integer_search`."""
-        return integer_search(self.u, codes, k, self.bits, self.query_bits, allowed)
+        if torch.compiler.is_compiling():
+            return integer_search(self.u, codes, k, self.bits, self.query_bits, allowed)
+        # u is of our own making: its values need no check.
+        return _chosen_integers(self.u, codes, k, self.bits, self.query_bits, allowed)
 
     def scores(self, integers: torch.Tensor, none: torch.Tensor | None = None) -> torch.Tensor:
         """float32 scores of integer ones (Q, C). none: bool (Q, C), where there is no row."""
@@ -321,8 +342,7 @@ def _rescore(
     if len(ids) != len(queries) or (values_checked(ids) and ids.numel() and int(ids.amax()) >= len(rows)):
         raise InputError(f"ids: expected numbers of {len(rows)} rows for {len(queries)} queries")
     # Not a choice that a setting could force: what the kernels don't know, the reference rescores for every backend.
-    on_cpu = queries.device.type == "cpu"
-    if on_cpu and forced_backend("retrieval") in (None, "native") and native.rescores(queries, level):
+    if _runs_native(queries) and native.rescores(queries, level):
         found = native.rescore(queries, level, ids, keep)
         if found is not None:
             return found

@@ -25,6 +25,15 @@ def unsuited(queries: torch.Tensor, rows: torch.Tensor, k: int) -> str | None:
     return None
 
 
+def fold(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.fold`, for finite w on CPU."""
+    module, _ = library()
+    w = w.resolve_neg().contiguous()
+    u, a = torch.empty(w.shape, dtype=torch.int8, device="cpu"), torch.empty(len(w), device="cpu")
+    module.fold(w.data_ptr(), *w.shape, u.data_ptr(), a.data_ptr())
+    return u, a
+
+
 def search(
     u: torch.Tensor,
     codes: torch.Tensor,

@@ -13,11 +13,21 @@ import torch
 from leafkern.ops.quantization import Quantized, dequantize
 from leafkern.ops.quantization.reference import unpack
 
+MAX_QUERY_CODE = 63
 _BLOCK_ELEMENTS = 1 << 22
 _QUERY_BLOCK = 256
 _EXACT_COLUMNS = 2048
 LAST_ID = (1 << 32) - 1  # no row's: there are fewer
 NO_ROW = -(1 << 63)  # the key below every row's
+
+
+def fold(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of w as (u int8, a float32): a = max|w|/MAX_QUERY_CODE, u = w/a rounded half to even; 0 where a = 0."""
+    a = w.abs().amax(1)
+    # A tensor divisor: CUDA turns division by a Python number into a multiplication, which rounds differently.
+    a = a / torch.full_like(a, MAX_QUERY_CODE)
+    u = (w / torch.where(a == 0, 1, a)[:, None]).round().clamp(-MAX_QUERY_CODE, MAX_QUERY_CODE)
+    return torch.where(a[:, None] == 0, 0, u).to(torch.int8), a
 
 
 def decode(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
