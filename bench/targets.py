@@ -23,7 +23,10 @@ Cases = Mapping[str, Measured]
 
 
 class Target(NamedTuple):
-    """One figure and what it must reach. value(found): from `measurements`' dict; KeyError where that is missing."""
+    """One figure and what it must reach. value(found): from `measurements`' dict; KeyError where that is missing.
+
+    most(found): what the machine's own limit would give, for a ratio to a peer that is itself near it.
+    """
 
     case: str
     what: str
@@ -31,6 +34,7 @@ class Target(NamedTuple):
     value: Callable[[Mapping], float | None]
     unit: str = "×"
     at_most: bool = False
+    most: Callable[[Mapping], float] | None = None
 
     def line(self, found: Mapping) -> list[str]:
         try:
@@ -42,7 +46,10 @@ class Target(NamedTuple):
         if value is None:
             return [*cells, "not measured", ""]
         reached = value <= self.bound if self.at_most else value >= self.bound
-        return [*cells, _shown(value, self.unit), "reached" if reached else "missed"]
+        verdict = "reached" if reached else "missed"
+        if not reached and self.most is not None:
+            verdict = f"missed; at the limit {_shown(self.most(found), self.unit)}"
+        return [*cells, _shown(value, self.unit), verdict]
 
 
 def _shown(value: float, unit: str) -> str:
@@ -71,6 +78,16 @@ def _faster(machine: str, case: str, *providers: str) -> Callable[[Mapping], flo
     return lambda found: found[machine, "search"][case].faster_than(*providers)
 
 
+def _at_bandwidth(machine: str, case: str, ceiling: str, *providers: str) -> Callable[[Mapping], float]:
+    """`_faster` of a search that takes no longer than its bytes at the rate of the ceiling."""
+
+    def value(found):
+        share = _of_bandwidth(machine, case, ceiling)(found)
+        return _faster(machine, case, *providers)(found) / share
+
+    return value
+
+
 def _slower_by(case: str) -> Callable[[Mapping], float | None]:
     def value(found):
         ratio = found["cpu", "search"][case].faster_than("leafkern, k = 10")
@@ -97,7 +114,8 @@ def _targets() -> list[Target]:
     for precision in ("int8", "binary"):
         case = f"{precision}/Q1"
         found.append(Target(case, "of read bandwidth", 0.80, _of_bandwidth("cpu", case, "read"), "%"))
-        found.append(Target(case, "the best of FAISS, USearch, NumKong", 2.0, _faster("cpu", case, *OTHERS)))
+        ratio, most = _faster("cpu", case, *OTHERS), _at_bandwidth("cpu", case, "read", *OTHERS)
+        found.append(Target(case, "the best of FAISS, USearch, NumKong", 2.0, ratio, most=most))
     many = "int8/Q1000"
     found += [
         Target(many, "of the maddubs + madd peak", 0.65, _of_rate("cpu", many, "int8_maddubs"), "%"),
@@ -171,7 +189,7 @@ def page(found: Mapping) -> str:
     lines = [target.line(found) for target in _targets()]
     # No GPU but one: the lines of the other say nothing.
     lines = [line for line in lines if line[3] != "not measured" or not line[0].startswith("H100")]
-    missed = sum(line[4] == "missed" for line in lines)
+    missed = sum(line[4].startswith("missed") for line in lines)
     absent = sum(line[3] == "not measured" for line in lines)
     searched = [(key, cases) for key, cases in found.items() if key != "recall"]
     documents = [one.document for _, cases in searched for one in cases.values()]

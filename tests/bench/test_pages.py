@@ -188,9 +188,11 @@ def test_more_targets_by_hand(module):
 
     gpu = {"leafkern": {"p50_s": 1.0, "bytes": 9e12, "operations": 8e14}, "torch matmul + topk (float16)": {"p50_s": 3}}
     several = {"leafkern": {"p50_s": 1.0, "bytes": 1.0}, "USearch exact": {"p50_s": 9}, "NumKong": {"p50_s": 2.5}}
+    near = {"leafkern": {"p50_s": 1.0, "bytes": 8.0}, "USearch exact": {"p50_s": 1.2}}
     found = {
         ("cpu", "search"): {
             "int8/Q1": measured(several, read=10.0),
+            "binary/Q1": measured(near, read=10.0),
             "int8/Q32/k100": measured({"leafkern": {"p50_s": 1.2}, "leafkern, k = 10": {"p50_s": 1.0}}),
         },
         ("cpu", "quantization"): {"int8": measured({"leafkern": {"p50_s": 1, "percent_of_limit": 55.0}})},
@@ -201,6 +203,8 @@ def test_more_targets_by_hand(module):
     }
     lines = {(line[0], line[1]): line[3:] for line in (target.line(found) for target in targets._targets())}
     assert lines["int8/Q1", "the best of FAISS, USearch, NumKong"] == ["2.5 ×", "reached"]  # the fastest, not the first
+    # 8 bytes at 10 a second take 0.8 s, a peer 1.2 s: nobody can be 2 times faster.
+    assert lines["binary/Q1", "the best of FAISS, USearch, NumKong"] == ["1.2 ×", "missed; at the limit 1.5 ×"]
     assert lines["int8/Q32/k100", "slower than k = 10 by"] == ["20.0 %", "missed"]
     assert lines["quantise int8", "of copy bandwidth"] == ["55.0 %", "reached"]
     assert lines["open 10 GB", "milliseconds"] == ["20 ms", "reached"]
