@@ -15,7 +15,7 @@ from leafkern.index import Index, exchange
 from leafkern.index.manifest import PRECISIONS, checked_rescore
 from leafkern.index.segment import checksum
 from leafkern.index.stream import Stream
-from leafkern.index.vectors import Rows, check_distinct, id_array
+from leafkern.index.vectors import Rows
 from leafkern.ops import quantize
 from leafkern.textio import (
     BLOCK_ROWS,
@@ -145,7 +145,7 @@ def _checked_texts(input: str | os.PathLike, field: str, ids_field: str | None) 
         total += len(block.texts)
         ids.extend(block.ids or ())
     if ids_field is not None:
-        check_distinct(id_array(ids))
+        exchange.checked_ids(input, ids_field, ids)
     return total
 
 
@@ -186,6 +186,7 @@ def documents(
     literal = encoder.prompt_text(prompt or prompt_for(encoder, "document"))
     check(encoder=encoder, prompt=literal, width=encoder.dim)
     ids, given = read_texts(input, field, ids_field)
+    ids = None if ids is None else exchange.checked_ids(input, ids_field, ids)
 
     def vectors() -> Iterator[np.ndarray]:
         for start in range(0, len(given), BLOCK_ROWS):

@@ -6,6 +6,7 @@ mapped or read in blocks: memory holds a block and the ids. Ids that a format ha
 """
 
 import glob
+import itertools
 import json
 import mmap
 import os
@@ -26,6 +27,7 @@ from leafkern import parquet
 from leafkern.errors import InputError, unknown_name
 from leafkern.files import TEMPORARY, atomic_file, existing, fsync_file, fsync_folder, rename
 from leafkern.index import Index, faiss_flat
+from leafkern.index.vectors import check_distinct, id_array
 from leafkern.ops import quantize
 from leafkern.textio import (
     BLOCK_ROWS,
@@ -33,6 +35,7 @@ from leafkern.textio import (
     check_finite,
     is_unicode,
     is_vector_file,
+    iter_objects,
     load_npy,
     read_vectors,
     suffix,
@@ -141,7 +144,29 @@ def _id_column(path: str | os.PathLike, name: str) -> pa.Array:
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise InputError(f"{path}: column {name!r} must hold integers or strings, got {kind}")
     kind = pa.int64() if pa.types.is_integer(kind) else pa.large_string()
-    return pa.chunked_array(parquet.column(path, name, kind), kind).combine_chunks()
+    return checked_ids(path, name, pa.chunked_array(parquet.column(path, name, kind), kind).combine_chunks())
+
+
+def checked_ids(path: str | os.PathLike, field: str, ids: list[int | str] | pa.Array) -> pa.Array:
+    """The ids of all rows of a file as `id_array` gives them; InputError names where one of another kind or one given
+    before stands.
+    """
+    try:
+        kept = id_array(ids)
+        check_distinct(kept)
+        return kept
+    except InputError as error:
+        problem = error
+    lines = (f"{path}:{number}" for number, _ in iter_objects(path))
+    places = lines if suffix(path).startswith(".jsonl") else (f"{path}: row {row}" for row in itertools.count())
+    seen, ids = set(), ids.to_pylist() if isinstance(ids, pa.Array) else ids
+    for place, identity in zip(places, ids):
+        if isinstance(identity, str) != isinstance(ids[0], str):
+            raise InputError(f"{place}: field {field!r} is {identity!r}; expected all int or all str")
+        if identity in seen:
+            raise InputError(f"{place}: field {field!r} is {identity!r}, as in a row before; expected a new id")
+        seen.add(identity)
+    raise InputError(f"{path}: field {field!r}: {problem}")
 
 
 def _spooled_texts(path: str | os.PathLike, folder: str | os.PathLike | None) -> pa.ChunkedArray:
@@ -252,7 +277,14 @@ def _row_blocks(index: Index, progress: Progress) -> Iterator[np.ndarray]:
 
 def _coded(index: Index, rows: np.ndarray, precision: str) -> np.ndarray:
     """The vectors of `rows` in an export's precision."""
-    return quantize(torch.from_numpy(index.vectors_at(rows)), precision).codes.numpy()
+    vectors = torch.from_numpy(index.vectors_at(rows))
+    if precision == "float16":
+        wide = rows[~torch.isfinite(vectors.half()).all(dim=1).numpy()]
+        if len(wide):
+            raise InputError(
+                f"precision: row {wide[0]} (id {index.ids_at(wide[:1])[0]!r}) does not fit float16; export float32"
+            )
+    return quantize(vectors, precision).codes.numpy()
 
 
 def _write_parquet(index: Index, path: Path, precision: str, progress: Progress) -> None:

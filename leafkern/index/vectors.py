@@ -3,7 +3,7 @@
 import json
 import numbers
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +103,10 @@ class Rows:
             self._file.write(np.ascontiguousarray(block))
             count += len(block)
         if width is None:
-            raise InputError("width: needed for an index of no vectors at all")
+            raise InputError(
+                "vectors: none at all, and nothing says their width; give it, or what has one: a .npy of shape (0, D), "
+                "a .parquet of lists of a fixed size"
+            )
         self._file.flush()
         if count == 0:
             return np.zeros((0, width), np.float32)
@@ -159,6 +162,7 @@ def id_array(ids: object) -> pa.Array:
         ids = ids.cpu().numpy()
     if isinstance(ids, pa.Array | pa.ChunkedArray):
         ids = pa.chunked_array([ids] if isinstance(ids, pa.Array) else ids.chunks, ids.type).combine_chunks()
+        _check_unicode("ids", ids)
         if ids.null_count == 0 and (pa.types.is_int64(ids.type) or pa.types.is_large_string(ids.type)):
             return ids
         ids = ids.to_pylist()
@@ -177,6 +181,14 @@ def id_array(ids: object) -> pa.Array:
         return pa.array(values, pa.large_string() if kind is str else pa.int64())
     except (OverflowError, pa.ArrowInvalid, UnicodeEncodeError) as error:
         raise InputError(f"ids: {error}") from None
+
+
+def _check_unicode(name: str, strings: pa.Array | pa.ChunkedArray) -> None:
+    """Arrow takes any bytes for strings."""
+    try:
+        strings.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def check_distinct(ids: pa.Array) -> None:
@@ -198,11 +210,14 @@ def checked_texts(texts: object, count: int, kept: bool) -> pa.ChunkedArray | No
         return None
     if not kept:
         raise InputError("texts: the index was built without texts; build it anew to keep them")
+    if isinstance(texts, str) or not isinstance(texts, Sized):
+        raise InputError(f"texts: expected a sequence of str, got {type(texts).__name__}")
     if len(texts) != count:
         raise InputError(f"texts: {len(texts)} for {count} vectors; expected one each")
     if isinstance(texts, pa.Array | pa.ChunkedArray):
         if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)) or texts.null_count:
             raise InputError(f"texts: expected strings without nulls, got {texts.null_count} nulls in {texts.type}")
+        _check_unicode("texts", texts)
         return (pa.chunked_array([texts]) if isinstance(texts, pa.Array) else texts).cast(pa.large_string())
     for row, text in enumerate(texts):
         if not isinstance(text, str):

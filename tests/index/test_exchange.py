@@ -258,6 +258,7 @@ def test_parquet_of_others(tmp_path):
         ({"text": [b"\xff"] * 100}, {}, "column 'text', from row 0"),
         ({"text": [[1]] * 100}, {}, "column 'text', from row 0"),
         ({}, {"ids_field": "key"}, "column: unknown name 'key'"),
+        ({"key": [*range(61), *range(39)]}, {"ids_field": "key"}, "row 61: field 'key' is 0, as in a row before"),
     ):
         table(**columns)
         with pytest.raises(InputError, match=message) as error:
@@ -271,6 +272,27 @@ def test_parquet_of_others(tmp_path):
     with pytest.raises(InputError, match="must hold lists of floats, got int64"):
         built(tmp_path / "i", exchange.read(path))
     assert len(index) == 100
+
+
+def test_parquet_of_no_vectors(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"vector": pa.array([], pa.list_(pa.float32()))}), path)
+    with pytest.raises(InputError, match=r"nothing says their width; .* a \.parquet of lists of a fixed size"):
+        built(tmp_path / "i", exchange.read(path))
+    assert built(tmp_path / "i", exchange.read(path)._replace(width=24)).width == 24
+    assert Index.open(tmp_path / "i").add(exchange.read(path).vectors) == 0
+
+
+def test_too_large_for_float16(tmp_path, monkeypatch):
+    monkeypatch.setattr(exchange, "BLOCK_ROWS", 16)
+    x = unit(50)
+    x[41, 3] = 1e5
+    index = Index.build(tmp_path / "i", x, ids=[f"n{row}" for row in range(50)], precision="float32")
+    index.remove(["n3", "n17"])
+    for kind in (".npy", ".parquet"):
+        with pytest.raises(InputError, match=r"precision: row 41 \(id 'n41'\) does not fit float16"):
+            exchange.export(index, tmp_path / f"v{kind}", precision="float16")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["i"]
 
 
 def test_ids_beside(tmp_path):

@@ -201,16 +201,24 @@ def test_bad_input_is_refused_before_anything_is_encoded(tmp_path, blocks):
     def never():
         raise AssertionError("the encoder was opened")
 
+    class Unused:
+        dim, prompts = 24, ()
+        prompt_text = staticmethod(lambda prompt: "")
+
     path = tmp_path / "docs.jsonl"
     lines = [json.dumps({"id": row, "text": "a"}) for row in range(100)]
+    lines.insert(3, "")
     for bad, message in (
-        ('{"id": 7, "text": "b"}', "ids: 7 is given more than once"),
-        ('{"id": "seven", "text": "b"}', "entry 100 is 'seven'; expected all int or all str"),
-        ('{"id": 100}', r"docs\.jsonl:101: no field 'text'"),
+        ('{"id": 7, "text": "b"}', r"docs\.jsonl:102: field 'id' is 7, as in a row before"),
+        ('{"id": "seven", "text": "b"}', r"docs\.jsonl:102: field 'id' is 'seven'; expected all int or all str"),
+        (json.dumps({"id": 2**70, "text": "b"}), r"docs\.jsonl: field 'id': ids: "),
+        ('{"id": 100}', r"docs\.jsonl:102: no field 'text'"),
     ):
         path.write_text("\n".join([*lines, bad]))
         with pytest.raises(InputError, match=message):
             bulk.encode_index(never, path, tmp_path / "i", ids_field="id")
+        with pytest.raises(InputError, match=message):
+            bulk.documents(Unused(), path, ids_field="id")
     with pytest.raises(InputError, match="standard input"):
         bulk.encode_index(never, "-", tmp_path / "i")
     with pytest.raises(InputError, match="'int9'; did you mean 'int8'"):
