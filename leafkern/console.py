@@ -12,6 +12,7 @@ from leafkern.errors import InputError
 
 INTERRUPTED = 130
 
+# Called with what is done, how much of it, of how much.
 Report = Callable[[str, int, int], None]
 
 

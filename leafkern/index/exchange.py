@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import torch
 
 from leafkern import parquet
+from leafkern.console import Report
 from leafkern.errors import InputError, unknown_name
 from leafkern.files import TEMPORARY, atomic_file, existing, fsync_file, fsync_folder, rename
 from leafkern.index import Index, faiss_flat
@@ -42,8 +43,6 @@ from leafkern.textio import (
     vector_writer,
 )
 
-Progress = Callable[[str, int, int], None]
-
 EXPORT_FORMATS = (*VECTOR_FORMATS, ".faiss")
 EXPORT_PRECISIONS = ("float32", "float16", "ubinary")
 
@@ -53,13 +52,16 @@ _IDS_BESIDE = (".ids.npy", ".ids.json")  # int64, strings
 class Source(NamedTuple):
     """What `Index.build` takes, by the same names.
 
-    vectors: a mapped matrix, or an iterator of blocks. ids, texts: Arrow arrays, or None. width: None: not known yet.
+    vectors: a mapped matrix, or an iterator of blocks. texts: strings, or None. width: None: not known yet. encoder,
+    prompt (literal): what makes the vectors; None: not known.
     """
 
     vectors: np.ndarray | Iterator[np.ndarray]
     ids: pa.Array | None
-    texts: pa.ChunkedArray | None
+    texts: pa.ChunkedArray | list[str] | None
     width: int | None
+    encoder: object = None
+    prompt: str | None = None
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ def read(
     ids = _ids_beside(path, len(file.vectors)) if file.ids is None else pa.array(np.array(file.ids, np.int64))
     if file.binary:
         if not binary:
-            raise InputError(f"{path}: holds bits only; choose precision ubinary (or binary) and no rescoring")
+            raise InputError(f"{path}: holds bits only; choose precision ubinary (or binary) and rescore none")
         return Source(_signs(file.vectors), ids, None, 8 * file.vectors.shape[1])
     check_finite(str(path), file.vectors)
     if file.l2:
@@ -219,7 +221,7 @@ def export(
     path: str | os.PathLike,
     *,
     precision: str = "float32",
-    progress: Progress = lambda what, done, total: None,
+    progress: Report = lambda what, done, total: None,
 ) -> int:
     """Writes the vectors of an index to a file, atomically and in order of insertion; their number.
 
@@ -258,7 +260,7 @@ def export(
                 fsync_file(temporary)
                 put_aside()
         else:
-            with vector_writer(path, {"precision": precision}) as writer:
+            with vector_writer(path, {"precision": precision, "dim": str(index.width)}) as writer:
                 for block in blocks:
                     writer.add(block)
                 writer.finish()
@@ -267,7 +269,7 @@ def export(
     return len(index)
 
 
-def _row_blocks(index: Index, progress: Progress) -> Iterator[np.ndarray]:
+def _row_blocks(index: Index, progress: Report) -> Iterator[np.ndarray]:
     """The numbers of the rows in blocks, of which there is at least one."""
     rows = index.rows()
     for start in range(0, max(1, len(rows)), BLOCK_ROWS):
@@ -287,7 +289,7 @@ def _coded(index: Index, rows: np.ndarray, precision: str) -> np.ndarray:
     return quantize(vectors, precision).codes.numpy()
 
 
-def _write_parquet(index: Index, path: Path, precision: str, progress: Progress) -> None:
+def _write_parquet(index: Index, path: Path, precision: str, progress: Report) -> None:
     """A row group per block."""
     element = pa.float16() if precision == "float16" else pa.float32()
     identity = pa.large_string() if index.info()["ids"] == "string" else pa.int64()

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import safe_open
 
 from leafkern import Index, files
 from leafkern.errors import InputError
@@ -198,6 +199,9 @@ def test_bits(tmp_path, precision, faiss):
     codes = quantize(torch.from_numpy(x), "ubinary").codes.numpy()
     exchange.export(index, tmp_path / "b.npy", precision="ubinary")
     np.testing.assert_array_equal(np.load(tmp_path / "b.npy"), codes)
+    exchange.export(index, tmp_path / "b.safetensors", precision="ubinary")
+    with safe_open(tmp_path / "b.safetensors", "np") as file:
+        assert file.metadata() == {"precision": "ubinary", "dim": "24"}
     exchange.export(index, tmp_path / "b.faiss", precision="ubinary")
     flat = faiss.read_index_binary(str(tmp_path / "b.faiss"))
     queries = unit(5)
@@ -208,7 +212,7 @@ def test_bits(tmp_path, precision, faiss):
     scores, _ = again.search(queries, 70)
     np.testing.assert_array_equal(24 - 2 * distances, scores)
     np.testing.assert_array_equal(again.search_rows(queries, 9)[1], index.search_rows(queries, 9)[1])
-    with pytest.raises(InputError, match="holds bits only; choose precision ubinary"):
+    with pytest.raises(InputError, match=r"holds bits only; choose precision ubinary \(or binary\) and rescore none"):
         exchange.read(tmp_path / "b.faiss")
 
 
