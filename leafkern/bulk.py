@@ -11,6 +11,7 @@ from leafkern.console import Report
 from leafkern.encode import Encoder
 from leafkern.errors import InputError, unknown_name
 from leafkern.evaluate import prompt_for
+from leafkern.files import existing
 from leafkern.index import Index, exchange
 from leafkern.index.manifest import PRECISIONS, checked_rescore
 from leafkern.index.segment import checksum
@@ -100,6 +101,7 @@ def encode_index(
     checked_rescore(precision, rescore)
     if str(input) == "-":
         raise InputError("INPUT: an index is encoded from a file, for standard input can't be read again after a kill")
+    read = _stamp(input)
     total = _checked_texts(input, field, ids_field)
     encoder = open_encoder()
     literal = encoder.prompt_text(prompt or prompt_for(encoder, "document"))
@@ -122,8 +124,19 @@ def encode_index(
             dim=dim,
             progress=lambda rows, _, at=stream.position: progress("encoding", at + rows, total),
         )
+        if _stamp(input) != read:
+            raise InputError(
+                f"{input}: was changed while it was encoded; with the file of before, the same command goes on at text "
+                f"{stream.position}; else choose another folder"
+            )
         stream.add(vectors, block.ids, block.texts if texts else None)
     return stream.finish()
+
+
+def _stamp(path: str | os.PathLike) -> tuple[int, int]:
+    """What changes when a file does."""
+    status = existing(path).stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _checked_texts(input: str | os.PathLike, field: str, ids_field: str | None) -> int:

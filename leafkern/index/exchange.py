@@ -28,7 +28,7 @@ from leafkern.console import Report
 from leafkern.errors import InputError, unknown_name
 from leafkern.files import TEMPORARY, atomic_file, existing, fsync_file, fsync_folder, rename
 from leafkern.index import Index, faiss_flat
-from leafkern.index.vectors import check_distinct, id_array
+from leafkern.index.vectors import BLOCK_VALUES, check_distinct, id_array
 from leafkern.ops import quantize
 from leafkern.textio import (
     BLOCK_ROWS,
@@ -271,10 +271,10 @@ def export(
 
 def _row_blocks(index: Index, progress: Report) -> Iterator[np.ndarray]:
     """The numbers of the rows in blocks, of which there is at least one."""
-    rows = index.rows()
-    for start in range(0, max(1, len(rows)), BLOCK_ROWS):
-        yield rows[start : start + BLOCK_ROWS]
-        progress("exporting", min(start + BLOCK_ROWS, len(rows)), len(rows))
+    rows, step = index.rows(), max(1, min(BLOCK_ROWS, BLOCK_VALUES // index.width))
+    for start in range(0, max(1, len(rows)), step):
+        yield rows[start : start + step]
+        progress("exporting", min(start + step, len(rows)), len(rows))
 
 
 def _coded(index: Index, rows: np.ndarray, precision: str) -> np.ndarray:

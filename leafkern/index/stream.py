@@ -18,7 +18,7 @@ class Stream:
     """Appends the blocks of one source to the index at `path`, which is made if there is none.
 
     position: rows of the source that are in the index, where the next block has to begin; 0 for a new index.
-    clipped: values of the blocks added so far that lay outside the ranges, which the first block sets.
+    clipped: values of the blocks added here, not before a kill, that lay outside the ranges: the first block sets them.
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class Stream:
         """The index, as one segment, which is what search passes over fastest."""
         if self.clipped:
             warnings.warn(
-                f"{self.index.path}: {self.clipped} values lie outside the ranges of the first block and were clipped",
+                f"{self.index.path}: {self.clipped} of the values added now lie outside the ranges of the first block "
+                "and were clipped",
                 ClippedWarning,
                 stacklevel=2,
             )

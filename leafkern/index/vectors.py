@@ -17,7 +17,7 @@ from leafkern.ops import quantize
 from leafkern.ops.quantization import CALIBRATION_ROWS, check_fits, default_ranges
 from leafkern.textio import check_finite, is_unicode
 
-_BLOCK_VALUES = 1 << 22
+BLOCK_VALUES = 1 << 22
 
 
 def matrix(name: str, x: object) -> np.ndarray:
@@ -118,7 +118,7 @@ class Rows:
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """Consecutive rows, float32."""
-        step = max(1, _BLOCK_VALUES // self.width)
+        step = max(1, BLOCK_VALUES // self.width)
         for start in range(0, self.count, step):
             block = torch.from_numpy(float32(self._values[start : start + step]))
             yield block if self.rotation is None else rotated(block, self.rotation)

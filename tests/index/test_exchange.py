@@ -287,6 +287,14 @@ def test_parquet_of_no_vectors(tmp_path):
     assert Index.open(tmp_path / "i").add(exchange.read(path).vectors) == 0
 
 
+def test_blocks_of_wide_vectors_have_fewer_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(exchange, "BLOCK_VALUES", 24 * 7)
+    index, seen = Index.build(tmp_path / "i", unit(20), precision="float32"), []
+    exchange.export(index, tmp_path / "v.npy", progress=lambda _, done, total: seen.append(done))
+    assert seen == [7, 14, 20]
+    np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), index.vectors_at(index.rows()))
+
+
 def test_too_large_for_float16(tmp_path, monkeypatch):
     monkeypatch.setattr(exchange, "BLOCK_ROWS", 16)
     x = unit(50)
@@ -438,7 +446,7 @@ def test_a_crash_leaves_the_files_of_before(tmp_path, kind, ids, killed, monkeyp
 def test_memory_holds_blocks_only(tmp_path, monkeypatch):
     """Reading, building and exporting 38 MB of vectors and 45 MB of texts take a fraction of that."""
     rows, width = 150_000, 64
-    monkeypatch.setattr("leafkern.index.vectors._BLOCK_VALUES", 1 << 18)
+    monkeypatch.setattr("leafkern.index.vectors.BLOCK_VALUES", 1 << 18)
     monkeypatch.setattr(exchange, "BLOCK_ROWS", 2048)
     schema = pa.schema({"vector": pa.list_(pa.float32(), width), "text": pa.string()})
     with pq.ParquetWriter(tmp_path / "x.parquet", schema) as writer:

@@ -90,7 +90,7 @@ def test_blocks_give_the_same_file_content(tmp_path):
 
 
 def test_too_large_values_are_named_among_all_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("leafkern.index.vectors._BLOCK_VALUES", 240)
+    monkeypatch.setattr("leafkern.index.vectors.BLOCK_VALUES", 240)
     x = unit(230).astype(np.float64)
     for value, message in ((1e5, "vectors: row 157 does not fit float16"), (1e39, "vectors: row 157 holds NaN or inf")):
         x[157, 3] = value

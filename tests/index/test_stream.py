@@ -226,6 +226,21 @@ def test_bad_input_is_refused_before_anything_is_encoded(tmp_path, blocks):
     assert not (tmp_path / "i").exists()
 
 
+def test_input_that_changes_meanwhile(tmp_path, corpus, blocks, encoder):
+    """What was read before a file changed is kept, and the file of before goes on from there."""
+    before = corpus.read_text()
+
+    def change(_, done, total):
+        if done > 2 * BLOCK:
+            corpus.write_text(before + '{"id": "x", "text": "one more"}\n')
+
+    with pytest.raises(InputError, match=r"docs\.jsonl: was changed while it was encoded; .* goes on at text 80"):
+        bulk.encode_index(lambda: encoder, corpus, tmp_path / "i", ids_field="id", progress=change)
+    assert len(Index.open(tmp_path / "i")) == 2 * BLOCK
+    corpus.write_text(before)
+    assert len(bulk.encode_index(lambda: encoder, corpus, tmp_path / "i", ids_field="id")) == 150
+
+
 def test_clipped_values_are_said_once(tmp_path):
     stream = Stream(tmp_path / "i", {"input": "a"}, width=24)
     stream.add(unit(120))
@@ -234,7 +249,7 @@ def test_clipped_values_are_said_once(tmp_path):
         for _ in range(3):
             stream.add(np.eye(2, 24, dtype=np.float32))
     assert stream.clipped == 6
-    with pytest.warns(ClippedWarning, match="6 values lie outside"):
+    with pytest.warns(ClippedWarning, match="6 of the values added now lie outside"):
         stream.finish()
     assert Stream(tmp_path / "i", {"input": "a"}, width=24).position == 126
 
