@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from leafkern.console import Report
+from leafkern.console import Report, unseen
 from leafkern.encode import Encoder
 from leafkern.errors import InputError, unknown_name
 from leafkern.evaluate import prompt_for
@@ -38,7 +38,7 @@ def encode_file(
     dim: int | None = None,
     precision: str = "float32",
     prompt: str | None = None,
-    progress: Report = lambda what, done, total: None,
+    progress: Report = unseen,
 ) -> tuple[int, int]:
     """Writes the vectors of the texts of `input` to `output`, atomically; their number and width.
 
@@ -90,7 +90,7 @@ def encode_index(
     rescore: str | None = "float16",
     prompt: str | None = None,
     texts: bool = True,
-    progress: Report = lambda what, done, total: None,
+    progress: Report = unseen,
 ) -> Index:
     """Encodes the texts of `input` into an index at `output`, 16,384 at a time; killed and called again, it goes on.
 
@@ -130,7 +130,7 @@ def encode_index(
                 f"{stream.position}; else choose another folder"
             )
         stream.add(vectors, block.ids, block.texts if texts else None)
-    return stream.finish()
+    return stream.finish(progress)
 
 
 def _stamp(path: str | os.PathLike) -> tuple[int, int]:
@@ -169,7 +169,7 @@ def documents(
     binary: bool = False,
     folder: str | os.PathLike | None = None,
     check: Callable[..., None] = lambda **expected: None,
-    progress: Report = lambda what, done, total: None,
+    progress: Report = unseen,
 ) -> exchange.Source:
     """The documents of a file of vectors, or of texts that `encoder` is to encode.
 

@@ -2,14 +2,12 @@
 
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leafkern.console import guarded, progress_bar, say
+from leafkern.console import Report, guarded, progress_bar, say
 from leafkern.errors import InputError
 
 if TYPE_CHECKING:
@@ -219,8 +217,11 @@ def index_build(
     limits = None if ranges is None else _ranges(ranges)
     binary = precision in ("binary", "ubinary") and finer is None
     folder = index if index.is_dir() else _existing_parent(index)
-    with _documents(input, model, field, ids_field, prompt, device, texts=texts, binary=binary, folder=folder) as given:
-        built = Index.build(index, **given._asdict(), precision=precision, rescore=finer, ranges=limits, rotate=rotate)
+    reading = {"texts": texts, "binary": binary, "folder": folder}
+    options = {"precision": precision, "rescore": finer, "ranges": limits, "rotate": rotate}
+    with progress_bar() as report:
+        given = _documents(input, model, field, ids_field, prompt, device, report, **reading)
+        built = Index.build(index, **given._asdict(), **options, progress=report)
     say(_described(built))
     print(index)
 
@@ -262,8 +263,10 @@ def index_add(
         "folder": index,
         "check": opened.require,
     }
-    with _documents(input, model, field, ids_field, prompt, device, **reading) as given:
-        clipped = opened.add(given.vectors, given.ids, texts=given.texts, encoder=given.encoder, prompt=given.prompt)
+    with progress_bar() as report:
+        given = _documents(input, model, field, ids_field, prompt, device, report, **reading)._asdict()
+        del given["width"]  # is the index's
+        clipped = opened.add(**given, progress=report)
     say(f"{len(opened):,} vectors now; {clipped} new values were clipped")
 
 
@@ -319,7 +322,8 @@ def index_compact(
 
     opened = Index.open(index)
     before = opened.info()
-    opened.compact(smaller_than=smaller_than)
+    with progress_bar() as report:
+        opened.compact(smaller_than=smaller_than, progress=report)
     after = opened.info()
     say(f"{before['segments']} segments became {after['segments']}, {before['bytes']:,} bytes {after['bytes']:,}")
 
@@ -372,12 +376,14 @@ def index_verify(index: IndexPath) -> None:
 
     Example: `leafkern index verify my-index`
     """
+    from leafkern.index import Index
     from leafkern.index.shards import open_index
 
     for attempts_left in (2, 1, 0):
         opened = open_index(index)
         try:
-            opened.verify()
+            with progress_bar() as report:
+                opened.verify(**({"progress": report} if isinstance(opened, Index) else {}))
             break
         except InputError:  # a writer has just removed what was opened
             if not attempts_left:
@@ -576,16 +582,21 @@ def open_model(model: str, device: str | None) -> "Encoder":
     return Encoder.from_pretrained(model, device=device)
 
 
-@contextmanager
 def _documents(
-    input: str, model: str | None, field: str, ids_field: str | None, prompt: str | None, device: str | None, **options
-) -> Iterator["Source"]:
-    """What is to be indexed, with a progress bar while it is encoded; see `leafkern.bulk.documents`."""
+    input: str,
+    model: str | None,
+    field: str,
+    ids_field: str | None,
+    prompt: str | None,
+    device: str | None,
+    report: Report,
+    **options,
+) -> "Source":
+    """What is to be indexed; see `leafkern.bulk.documents`."""
     from leafkern.bulk import documents
     from leafkern.files import existing
 
     if input != "-":
         existing(input)
     encoder = open_model(model, device) if model else None
-    with progress_bar() as report:
-        yield documents(encoder, input, field, ids_field, prompt, progress=report, **options)
+    return documents(encoder, input, field, ids_field, prompt, progress=report, **options)

@@ -16,6 +16,10 @@ INTERRUPTED = 130
 Report = Callable[[str, int, int], None]
 
 
+def unseen(what: str, done: int, total: int) -> None:
+    """A `Report` that shows nothing."""
+
+
 def say(message: str) -> None:
     """A line for the person, on stderr: stdout is for results."""
     print(message, file=sys.stderr)
@@ -25,7 +29,7 @@ def say(message: str) -> None:
 def progress_bar() -> Iterator[Report]:
     """What to call with (what, done, total): a bar on stderr with the time left; nothing where it is no terminal."""
     if not sys.stderr.isatty():
-        yield lambda what, done, total: None
+        yield unseen
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -365,14 +366,41 @@ def test_remove_and_compact(run, tmp_path):
     fails(run("index", "compact", tmp_path / "none"), 2, "no index here")
 
 
+def test_passes_over_vectors_are_shown(run, tmp_path, monkeypatch):
+    seen = []
+
+    @contextmanager
+    def bar():
+        yield lambda *step: seen.append(step)
+
+    monkeypatch.setattr(cli, "progress_bar", bar)
+    monkeypatch.setattr("leafkern.index.vectors.BLOCK_VALUES", 80 * 12)
+    np.save(tmp_path / "v.npy", np.eye(12, dtype=np.float32).repeat(10, 0))
+    for command, shown in (
+        (("build", tmp_path / "v.npy"), ["checking", "taking ranges", "writing int8", "writing float16"]),
+        (("add", tmp_path / "v.npy"), ["checking", "comparing with the ranges", "writing int8", "writing float16"]),
+    ):
+        seen.clear()
+        assert run("index", command[0], tmp_path / "i", *command[1:])[0] == 0
+        assert seen == [(what, done, 120) for what in shown for done in (80, 120)]
+    seen.clear()
+    assert run("index", "compact", tmp_path / "i")[0] == 0
+    assert {step for step in seen if step[1] == 240} == {
+        (f"writing {x}", 240, 240) for x in ("ids", "codes", "rescore")
+    }
+    seen.clear()
+    assert run("index", "verify", tmp_path / "i")[0] == 0
+    assert seen == [("checking, in MB", 1, 1)]
+
+
 def test_verify_beside_a_compaction(run, tmp_path, monkeypatch):
     index, verify, compacted = Index.build(tmp_path / "i", np.eye(9, dtype=np.float32)), Index.verify, []
 
-    def late(self):
+    def late(self, **options):
         if len(compacted) < times:
             index.add(np.eye(9, dtype=np.float32))
             compacted.append(index.compact())
-        verify(self)
+        verify(self, **options)
 
     monkeypatch.setattr(Index, "verify", late)
     times = 2

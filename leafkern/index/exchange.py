@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 
 from leafkern import parquet
-from leafkern.console import Report
+from leafkern.console import Report, unseen
 from leafkern.errors import InputError, unknown_name
 from leafkern.files import TEMPORARY, atomic_file, existing, fsync_file, fsync_folder, rename
 from leafkern.index import Index, faiss_flat
@@ -221,7 +221,7 @@ def export(
     path: str | os.PathLike,
     *,
     precision: str = "float32",
-    progress: Report = lambda what, done, total: None,
+    progress: Report = unseen,
 ) -> int:
     """Writes the vectors of an index to a file, atomically and in order of insertion; their number.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from leafkern.console import Report, unseen
 from leafkern.errors import InputError
 from leafkern.index import ClippedWarning, Index
 from leafkern.index.manifest import MANIFEST
@@ -74,7 +75,7 @@ class Stream:
             source = dict(self._origin, rows=self.position + len(vectors))
             self.clipped += self.index.add(vectors, ids, texts=texts, source=source)
 
-    def finish(self) -> Index:
+    def finish(self, progress: Report = unseen) -> Index:
         """The index, as one segment, which is what search passes over fastest."""
         if self.clipped:
             warnings.warn(
@@ -83,5 +84,5 @@ class Stream:
                 ClippedWarning,
                 stacklevel=2,
             )
-        self.index.compact()
+        self.index.compact(progress=progress)
         return self.index

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from leafkern.console import Report, unseen
 from leafkern.errors import InputError
 from leafkern.files import TEMPORARY
 from leafkern.ops import quantize
@@ -62,12 +63,14 @@ def _ranges(given: object) -> torch.Tensor:
 class Rows:
     """`count` vectors of `width`, from a matrix or from an iterable of matrices (kept in a file meanwhile).
 
-    A context manager; `blocks` may be called repeatedly. `given`: (2, D) that `ranges` returns, or None. `rotation`,
-    where it is set, is applied to what `blocks` gives.
+    A context manager; `blocks` may be called repeatedly. `given`: (2, D) that `ranges` returns, or None. `progress` is
+    told of each pass over the rows. `rotation`, where it is set, is applied to what `blocks` gives.
     """
 
-    def __init__(self, vectors: object, folder: Path, width: int | None, given: object = None):
-        self._file = None
+    def __init__(
+        self, vectors: object, folder: Path, width: int | None, given: object = None, progress: Report = unseen
+    ):
+        self._file, self._progress = None, progress
         self.rotation: torch.Tensor | None = None
         self._given = None if given is None else _ranges(given)
         if isinstance(vectors, np.ndarray | torch.Tensor):
@@ -116,17 +119,18 @@ class Rows:
         """Rows `start` to `stop`, as they were given: nothing is copied."""
         return self._values[start:stop]
 
-    def blocks(self) -> Iterator[torch.Tensor]:
-        """Consecutive rows, float32."""
+    def blocks(self, doing: str) -> Iterator[torch.Tensor]:
+        """Consecutive rows, float32; `doing` names the pass."""
         step = max(1, BLOCK_VALUES // self.width)
         for start in range(0, self.count, step):
             block = torch.from_numpy(float32(self._values[start : start + step]))
             yield block if self.rotation is None else rotated(block, self.rotation)
+            self._progress(doing, min(start + step, self.count), self.count)
 
     def check_finite(self) -> None:
         """Refuses NaN and infinity, also where float32 makes it of a larger type's number."""
         start = 0
-        for block in self.blocks():
+        for block in self.blocks("checking"):
             check_finite("vectors", block.numpy(), start)
             start += len(block)
 
@@ -135,21 +139,23 @@ class Rows:
         if self._given is not None:
             return self._given
         if self.count < CALIBRATION_ROWS:
-            return default_ranges(torch.cat([torch.zeros((0, self.width)), *self.blocks()]), precision, "vectors")
+            few = torch.cat([torch.zeros((0, self.width)), *self.blocks("taking ranges")])
+            return default_ranges(few, precision, "vectors")
         low = torch.full((self.width,), float("inf"))
         high = -low
-        for block in self.blocks():
+        for block in self.blocks("taking ranges"):
             low, high = torch.minimum(low, block.amin(0)), torch.maximum(high, block.amax(0))
         return torch.stack([low, high])
 
     def clipped(self, ranges: torch.Tensor) -> int:
         """How many values lie outside `ranges`."""
-        return sum(int(((block < ranges[0]) | (block > ranges[1])).sum()) for block in self.blocks())
+        blocks = self.blocks("comparing with the ranges")
+        return sum(int(((block < ranges[0]) | (block > ranges[1])).sum()) for block in blocks)
 
     def codes(self, precision: str, ranges: torch.Tensor | None) -> Iterator[np.ndarray]:
         """The codes of `blocks`."""
         start = 0
-        for block in self.blocks():
+        for block in self.blocks(f"writing {precision}"):
             if precision == "float16":  # as `quantize`, but with the row's number among all
                 check_fits("vectors", block.half(), precision, start)
             yield quantize(block, precision, ranges=ranges).codes.numpy()
