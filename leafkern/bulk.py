@@ -3,19 +3,20 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from leafkern.console import Report, unseen
 from leafkern.encode import Encoder
 from leafkern.errors import InputError, unknown_name
 from leafkern.evaluate import prompt_for
+from leafkern.files import existing
 from leafkern.index import Index, exchange
 from leafkern.index.manifest import PRECISIONS, checked_rescore
 from leafkern.index.segment import checksum
 from leafkern.index.stream import Stream
-from leafkern.index.vectors import Rows, check_distinct, id_array
+from leafkern.index.vectors import Rows
 from leafkern.ops import quantize
 from leafkern.textio import (
     BLOCK_ROWS,
@@ -27,19 +28,6 @@ from leafkern.textio import (
     vector_writer,
 )
 
-Progress = Callable[[str, int, int], None]
-
-
-class Documents(NamedTuple):
-    """What an index is built from. vectors: a matrix, or blocks still to be encoded; prompt: literal, None: unknown."""
-
-    vectors: np.ndarray | Iterator[np.ndarray]
-    ids: object
-    texts: object
-    width: int | None
-    encoder: Encoder | None
-    prompt: str | None
-
 
 def encode_file(
     open_encoder: Callable[[], Encoder],
@@ -50,12 +38,13 @@ def encode_file(
     dim: int | None = None,
     precision: str = "float32",
     prompt: str | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Report = unseen,
 ) -> tuple[int, int]:
     """Writes the vectors of the texts of `input` to `output`, atomically; their number and width.
 
     The file is read once before anything is encoded, so that a bad line shows at once. int8 and int4 take their ranges
-    from the first block of 16,384 texts. open_encoder is called when everything else has been checked.
+    from the first block of 16,384 texts. open_encoder is called when everything else has been checked. prompt: a name;
+    None is the encoder's default prompt, if any.
     """
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
@@ -64,10 +53,10 @@ def encode_file(
         raise InputError(f"{output}: {precision} codes need their scale and offset beside them; write .safetensors")
     if kind == ".parquet" and precision not in ("float32", "float16"):
         raise InputError(f"{output}: .parquet holds float vectors only; write .safetensors or .npy")
-    piped = read_texts(input, field) if str(input) == "-" else None
-    total = len(piped.texts) if piped else sum(len(block.texts) for block in iter_texts(input, field))
     done, ranges = 0, None
     with vector_writer(output, {"precision": precision}) as writer:
+        piped = read_texts(input, field) if str(input) == "-" else None
+        total = len(piped.texts) if piped else sum(len(block.texts) for block in iter_texts(input, field))
         encoder = open_encoder()
         blocks = [piped] if piped else iter_texts(input, field, rows=BLOCK_ROWS)
         for block in blocks:
@@ -84,7 +73,7 @@ def encode_file(
             codes = quantize(torch.from_numpy(vectors), precision, ranges=ranges)
             if codes.scale is not None:
                 writer.extra = {"scale": codes.scale.numpy(), "offset": codes.offset.numpy()}
-                writer.metadata["dim"] = str(codes.dim)
+            writer.metadata["dim"] = str(codes.dim)
             writer.add(codes.codes.numpy(), block.texts)
     return done, vectors.shape[1]
 
@@ -101,7 +90,7 @@ def encode_index(
     rescore: str | None = "float16",
     prompt: str | None = None,
     texts: bool = True,
-    progress: Progress = lambda what, done, total: None,
+    progress: Report = unseen,
 ) -> Index:
     """Encodes the texts of `input` into an index at `output`, 16,384 at a time; killed and called again, it goes on.
 
@@ -112,6 +101,7 @@ def encode_index(
     checked_rescore(precision, rescore)
     if str(input) == "-":
         raise InputError("INPUT: an index is encoded from a file, for standard input can't be read again after a kill")
+    read = _stamp(input)
     total = _checked_texts(input, field, ids_field)
     encoder = open_encoder()
     literal = encoder.prompt_text(prompt or prompt_for(encoder, "document"))
@@ -134,8 +124,19 @@ def encode_index(
             dim=dim,
             progress=lambda rows, _, at=stream.position: progress("encoding", at + rows, total),
         )
+        if _stamp(input) != read:
+            raise InputError(
+                f"{input}: was changed while it was encoded; with the file of before, the same command goes on at text "
+                f"{stream.position}; else choose another folder"
+            )
         stream.add(vectors, block.ids, block.texts if texts else None)
-    return stream.finish()
+    return stream.finish(progress)
+
+
+def _stamp(path: str | os.PathLike) -> tuple[int, int]:
+    """What changes when a file does."""
+    status = existing(path).stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _checked_texts(input: str | os.PathLike, field: str, ids_field: str | None) -> int:
@@ -145,7 +146,7 @@ def _checked_texts(input: str | os.PathLike, field: str, ids_field: str | None) 
         total += len(block.texts)
         ids.extend(block.ids or ())
     if ids_field is not None:
-        check_distinct(id_array(ids))
+        exchange.checked_ids(input, ids_field, ids)
     return total
 
 
@@ -168,8 +169,8 @@ def documents(
     binary: bool = False,
     folder: str | os.PathLike | None = None,
     check: Callable[..., None] = lambda **expected: None,
-    progress: Progress = lambda what, done, total: None,
-) -> Documents:
+    progress: Report = unseen,
+) -> exchange.Source:
     """The documents of a file of vectors, or of texts that `encoder` is to encode.
 
     prompt: a name; None is the encoder's prompt for documents. texts, binary, folder: as in `exchange.read`. check:
@@ -179,13 +180,16 @@ def documents(
         if encoder is not None and suffix(input) != ".parquet":
             raise InputError(f"--model: {input} holds vectors already; leave the model out")
         if encoder is None:
-            source = exchange.read(input, ids_field=ids_field, texts=texts, binary=binary, folder=folder)
-            return Documents(*source, None, None)
+            for option, given in {"--prompt": prompt is not None, "--field": field != "text"}.items():
+                if given:
+                    raise InputError(f"{option}: {input} holds vectors already; leave it out")
+            return exchange.read(input, ids_field=ids_field, texts=texts, binary=binary, folder=folder)
     if encoder is None:
         raise InputError(f"--model: {input} holds texts; name the model that is to encode them")
     literal = encoder.prompt_text(prompt or prompt_for(encoder, "document"))
     check(encoder=encoder, prompt=literal, width=encoder.dim)
     ids, given = read_texts(input, field, ids_field)
+    ids = None if ids is None else exchange.checked_ids(input, ids_field, ids)
 
     def vectors() -> Iterator[np.ndarray]:
         for start in range(0, len(given), BLOCK_ROWS):
@@ -195,4 +199,4 @@ def documents(
                 progress=lambda rows, _, at=start: progress("encoding", at + rows, len(given)),
             )
 
-    return Documents(vectors(), ids, given if texts else None, encoder.dim, encoder, literal)
+    return exchange.Source(vectors(), ids, given if texts else None, encoder.dim, encoder, literal)

@@ -2,20 +2,18 @@
 
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leafkern.console import guarded, progress_bar, say
+from leafkern.console import Report, guarded, progress_bar, say
 from leafkern.errors import InputError
 
 if TYPE_CHECKING:
-    from leafkern.bulk import Documents
     from leafkern.encode import Encoder
     from leafkern.index import Index
+    from leafkern.index.exchange import Source
 
 app = typer.Typer(
     name="leafkern",
@@ -38,7 +36,10 @@ KeepTexts = Annotated[bool, typer.Option(help="in an index: keep the texts, for 
 Field = Annotated[str, typer.Option(help="field or column of the text in .jsonl and .parquet")]
 IdsField = Annotated[str | None, typer.Option(help="field or column of the ids; without it rows are numbered")]
 ModelOption = Annotated[str | None, typer.Option(help="the model that encodes INPUT when it holds texts")]
-Prompt = Annotated[str | None, typer.Option(metavar="NAME", help="one of the model's prompts, put before every text")]
+DocumentPrompt = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="the model's prompt put before every text; default: its prompt for documents"),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the first GPU, else the CPU")]
 
 
@@ -107,7 +108,14 @@ def encode(
         typer.Option(help="float32, float16, int8, int4, binary or ubinary; default: float32, of an index int8"),
     ] = None,
     rescore: Rescore = "float16",
-    prompt: Prompt = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="the model's prompt put before every text; default: for an index its prompt for documents, for a file "
+            "the one it names as its default, often none",
+        ),
+    ] = None,
     texts: KeepTexts = True,
     device: Device = None,
 ) -> None:
@@ -124,10 +132,23 @@ def encode(
     Example: `leafkern encode my-model docs.jsonl -o my-index/ --ids-field id`
     """
     from leafkern.bulk import encode_file, encode_index
+    from leafkern.textio import VECTOR_FORMATS, suffix
 
     index = output.endswith("/") or Path(output).is_dir() or not Path(output).suffix
-    if ids_field is not None and not index:
-        raise InputError(f"--ids-field: {output} is no index, and keeps no ids; leave it out")
+    if not index:
+        kind = suffix(output)
+        if kind not in VECTOR_FORMATS:
+            raise InputError(
+                f"OUT: unknown vector format {kind!r}; expected one of {', '.join(VECTOR_FORMATS)}, or '{output}/' for "
+                "an index"
+            )
+        for option, given in {
+            "--ids-field": ids_field is not None,
+            "--rescore": rescore != "float16",
+            "--no-texts": not texts,
+        }.items():
+            if given:
+                raise InputError(f"{option}: {output} is no index; leave it out")
     options = {"field": field, "dim": dim, "prompt": prompt}
     if index:
         options |= {
@@ -168,11 +189,14 @@ def index_build(
     rescore: Rescore = "float16",
     field: Field = "text",
     ids_field: IdsField = None,
-    prompt: Prompt = None,
+    prompt: DocumentPrompt = None,
     texts: KeepTexts = True,
     ranges: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.npy", help="(2, D): least and greatest values of the int8 or int4 codes"),
+        typer.Option(
+            metavar="FILE.npy",
+            help="(2, D): least and greatest values of the int8 or int4 codes, as `leafkern.ops.calibrate` gives them",
+        ),
     ] = None,
     rotate: Annotated[bool, typer.Option("--rotate", help="turn all vectors by one random rotation")] = False,
     device: Device = None,
@@ -193,20 +217,11 @@ def index_build(
     limits = None if ranges is None else _ranges(ranges)
     binary = precision in ("binary", "ubinary") and finer is None
     folder = index if index.is_dir() else _existing_parent(index)
-    with _documents(input, model, field, ids_field, prompt, device, texts=texts, binary=binary, folder=folder) as given:
-        built = Index.build(
-            index,
-            given.vectors,
-            ids=given.ids,
-            precision=precision,
-            rescore=finer,
-            encoder=given.encoder,
-            prompt=given.prompt,
-            texts=given.texts,
-            width=given.width,
-            ranges=limits,
-            rotate=rotate,
-        )
+    reading = {"texts": texts, "binary": binary, "folder": folder}
+    options = {"precision": precision, "rescore": finer, "ranges": limits, "rotate": rotate}
+    with progress_bar() as report:
+        given = _documents(input, model, field, ids_field, prompt, device, report, **reading)
+        built = Index.build(index, **given._asdict(), **options, progress=report)
     say(_described(built))
     print(index)
 
@@ -232,7 +247,7 @@ def index_add(
     model: ModelOption = None,
     field: Field = "text",
     ids_field: IdsField = None,
-    prompt: Prompt = None,
+    prompt: DocumentPrompt = None,
     device: Device = None,
 ) -> None:
     """Append vectors or, with --model, texts; another model or prompt than the index's is refused.
@@ -248,19 +263,26 @@ def index_add(
         "folder": index,
         "check": opened.require,
     }
-    with _documents(input, model, field, ids_field, prompt, device, **reading) as given:
-        clipped = opened.add(given.vectors, given.ids, texts=given.texts, encoder=given.encoder, prompt=given.prompt)
+    with progress_bar() as report:
+        given = _documents(input, model, field, ids_field, prompt, device, report, **reading)._asdict()
+        del given["width"]  # is the index's
+        clipped = opened.add(**given, progress=report)
     say(f"{len(opened):,} vectors now; {clipped} new values were clipped")
 
 
 @index_app.command("remove")
 def index_remove(
     index: IndexPath,
-    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="ids in the index; '-' reads one per line")],
+    ids: Annotated[
+        list[str],
+        typer.Argument(metavar="ID...", help="ids in the index, negative ones behind '--'; '-' reads one per line"),
+    ],
 ) -> None:
     """Remove vectors by their ids, all or, if one is not in the index, none. `index compact` frees their space.
 
     Example: `leafkern index remove my-index doc17 doc42`
+
+    Example: `leafkern index remove my-index -- -5 -7`
 
     Example: `leafkern index remove my-index - < obsolete-ids.txt`
     """
@@ -268,7 +290,9 @@ def index_remove(
     from leafkern.textio import read_texts
 
     opened = Index.open(index)
-    named = [each for given in ids for each in (read_texts("-").texts if given == "-" else [given])]
+    named = []
+    for given in ids:
+        named += [line for line in read_texts("-").texts if line.strip()] if given == "-" else [given]
     if opened.info()["ids"] == "int64":
         named = [_integer(each) for each in named]
     removed = opened.remove(named)
@@ -298,7 +322,8 @@ def index_compact(
 
     opened = Index.open(index)
     before = opened.info()
-    opened.compact(smaller_than=smaller_than)
+    with progress_bar() as report:
+        opened.compact(smaller_than=smaller_than, progress=report)
     after = opened.info()
     say(f"{before['segments']} segments became {after['segments']}, {before['bytes']:,} bytes {after['bytes']:,}")
 
@@ -313,6 +338,7 @@ def index_export(
 
     .parquet gets columns id, vector and text. .faiss is an IndexFlatIP, with ubinary an IndexBinaryFlat, in an
     IndexIDMap where the ids are not 0, 1, 2, ... Other ids go beside OUT: docs.npy.ids.npy or docs.npy.ids.json.
+    `index build` reads all of these again, but for bits in .npy and .safetensors.
 
     Example: `leafkern index export my-index docs.parquet`
     """
@@ -350,10 +376,18 @@ def index_verify(index: IndexPath) -> None:
 
     Example: `leafkern index verify my-index`
     """
+    from leafkern.index import Index
     from leafkern.index.shards import open_index
 
-    opened = open_index(index)
-    opened.verify()
+    for attempts_left in (2, 1, 0):
+        opened = open_index(index)
+        try:
+            with progress_bar() as report:
+                opened.verify(**({"progress": report} if isinstance(opened, Index) else {}))
+            break
+        except InputError:  # a writer has just removed what was opened
+            if not attempts_left:
+                raise
     print(f"{index}: {len(opened):,} vectors, as written")
 
 
@@ -367,7 +401,10 @@ def search(
     dim: Annotated[
         int | None, typer.Option(help="scan only the first DIM numbers of each vector (MRL), then rescore by all")
     ] = None,
-    prompt: Prompt = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help='the model\'s prompt put before every query; default: its "query" prompt'),
+    ] = None,
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="search also where MODEL does not say that it fits this index")
     ] = False,
@@ -376,7 +413,7 @@ def search(
 ) -> None:
     """Print rank, score, id and (where the index keeps them) text of the best documents.
 
-    INDEX may be a folder of shards. The prompt is the model's "query" prompt where it has one.
+    INDEX may be a folder of shards.
 
     Example: `leafkern search my-index my-model "how do I read a file line by line" -k 3`
     """
@@ -545,13 +582,21 @@ def open_model(model: str, device: str | None) -> "Encoder":
     return Encoder.from_pretrained(model, device=device)
 
 
-@contextmanager
 def _documents(
-    input: str, model: str | None, field: str, ids_field: str | None, prompt: str | None, device: str | None, **options
-) -> Iterator["Documents"]:
-    """What is to be indexed, with a progress bar while it is encoded; see `leafkern.bulk.documents`."""
+    input: str,
+    model: str | None,
+    field: str,
+    ids_field: str | None,
+    prompt: str | None,
+    device: str | None,
+    report: Report,
+    **options,
+) -> "Source":
+    """What is to be indexed; see `leafkern.bulk.documents`."""
     from leafkern.bulk import documents
+    from leafkern.files import existing
 
+    if input != "-":
+        existing(input)
     encoder = open_model(model, device) if model else None
-    with progress_bar() as report:
-        yield documents(encoder, input, field, ids_field, prompt, progress=report, **options)
+    return documents(encoder, input, field, ids_field, prompt, progress=report, **options)

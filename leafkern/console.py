@@ -12,7 +12,12 @@ from leafkern.errors import InputError
 
 INTERRUPTED = 130
 
+# Called with what is done, how much of it, of how much.
 Report = Callable[[str, int, int], None]
+
+
+def unseen(what: str, done: int, total: int) -> None:
+    """A `Report` that shows nothing."""
 
 
 def say(message: str) -> None:
@@ -24,7 +29,7 @@ def say(message: str) -> None:
 def progress_bar() -> Iterator[Report]:
     """What to call with (what, done, total): a bar on stderr with the time left; nothing where it is no terminal."""
     if not sys.stderr.isatty():
-        yield lambda what, done, total: None
+        yield unseen
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -39,11 +39,13 @@ def types(path: str | os.PathLike) -> dict:
 
 
 def type_of(path: str | os.PathLike, name: str):
-    """The Arrow type of one column."""
-    known = types(path)
-    if name not in known:
-        raise unknown_name(f"{path}: column", name, known)
-    return known[name]
+    """The Arrow type of one column, of which there must be one only."""
+    schema = _opened(path).schema_arrow
+    if name not in schema.names:
+        raise unknown_name(f"{path}: column", name, schema.names)
+    if schema.names.count(name) > 1:
+        raise InputError(f"{path}: {schema.names.count(name)} columns are named {name!r}; expected one")
+    return schema.field(name).type
 
 
 def batches(path: str | os.PathLike, columns: Sequence[str], rows: int = BATCH_ROWS) -> Iterator:
@@ -72,10 +74,15 @@ def column(path: str | os.PathLike, name: str, kind) -> Iterator:
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise InputError(f"{path}: column {name!r}, from row {start}: {error}") from None
         if values.null_count:
-            row = start + int(np.flatnonzero(np.asarray(values.is_null()))[0])
-            raise InputError(f"{path}: row {row}: column {name!r} holds a null; expected one value each")
+            raise InputError(
+                f"{path}: row {start + _first_null(values)}: column {name!r} holds a null; expected one value each"
+            )
         yield values
         start += len(values)
+
+
+def _first_null(values) -> int:
+    return int(np.flatnonzero(np.asarray(values.is_null()))[0])
 
 
 def vector_width(path: str | os.PathLike) -> int | None:
@@ -93,16 +100,20 @@ def vectors(path: str | os.PathLike, rows: int = BATCH_ROWS) -> Iterator[np.ndar
     width, start = vector_width(path), 0
     for batch in batches(path, ["vector"], rows):
         lists = batch.column("vector")
-        lengths = np.asarray(lists.value_lengths().fill_null(-1))
+        if lists.null_count:
+            row = start + _first_null(lists)
+            raise InputError(f"{path}: row {row}: column 'vector' holds a null; expected a vector each")
+        lengths = np.asarray(lists.value_lengths())
         if width is None and len(lengths):
-            width = max(int(lengths[0]), 1)
+            width = int(lengths[0])
+        if width == 0:
+            raise InputError(f"{path}: row {start}: an empty vector; expected at least one number")
         bad = np.flatnonzero(lengths != width)
         if len(bad):
             row = int(bad[0])
             raise InputError(f"{path}: row {start + row}: a vector of length {lengths[row]}; expected {width}")
         flat = lists.flatten()
         if flat.null_count:
-            row = start + int(np.flatnonzero(np.asarray(flat.is_null()))[0]) // width
-            raise InputError(f"{path}: row {row} holds a null; expected numbers")
+            raise InputError(f"{path}: row {start + _first_null(flat) // width} holds a null; expected numbers")
         yield flat.to_numpy(zero_copy_only=False).reshape(len(lists), width)
         start += len(lists)

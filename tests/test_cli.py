@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from leafkern import Encoder, Index, bulk, cli, files, textio
@@ -153,6 +155,9 @@ def test_encode_codes(run, tmp_path, corpus, tiny_bert):
     np.testing.assert_array_equal(got["scale"], expected.scale.numpy())
     assert run("encode", tiny_bert, corpus, "-o", tmp_path / "v.npy", "--precision", "binary")[0] == 0
     assert np.load(tmp_path / "v.npy").shape == (6, 4)
+    assert run("encode", tiny_bert, corpus, "-o", tmp_path / "v.safetensors", "--precision", "ubinary")[0] == 0
+    with safe_open(tmp_path / "v.safetensors", "np") as file:
+        assert file.metadata() == {"precision": "ubinary", "dim": "32"}
     fails(run("encode", tiny_bert, corpus, "-o", tmp_path / "w.npy", "--precision", "int8"), 2, "write .safetensors")
 
 
@@ -168,8 +173,11 @@ def test_encode_refuses(run, tmp_path, corpus, tiny_bert):
     fails(run("encode", tiny_bert, corpus, "-o", out, "--precision", "in8"), 2, "'in8'; did you mean 'int8'")
     fails(run("encode", tiny_bert, corpus, "-o", out, "--dim", 33), 2, "33", "32")
     fails(run("encode", tiny_bert, corpus, "-o", out, "--prompt", "qery"), 2, "qery")
-    fails(run("encode", tiny_bert, corpus, "-o", tmp_path / "v.bin"), 2, "unknown vector format '.bin'")
-    fails(run("encode", tiny_bert, corpus, "-o", tmp_path / "no" / "v.npy"), 2, "does not exist")
+    bad.write_bytes(b"\xff")  # the name is looked at before anything is read
+    fails(run("encode", tiny_bert, bad, "-o", tmp_path / "v.bin"), 2, "unknown vector format '.bin'", "v.bin/' for an")
+    fails(run("encode", tiny_bert, bad, "-o", tmp_path / "no" / "v.npy"), 2, "does not exist")
+    fails(run("encode", tiny_bert, corpus, "-o", out, "--rescore", "int8"), 2, "--rescore: ", "is no index")
+    fails(run("encode", tiny_bert, corpus, "-o", out, "--no-texts"), 2, "--no-texts: ", "is no index")
     fails(run("encode", tmp_path / "nomodel", corpus, "-o", out), 2, "nomodel")
     near = tiny_bert.with_name(f"{tiny_bert.name}s")
     fails(run("encode", near, corpus, "-o", out), 2, f"no folder {near}; did you mean {tiny_bert}?")
@@ -248,6 +256,7 @@ def test_search_refuses(run, tmp_path, corpus, tiny_bert):
     fails(run("search", index, tiny_bert), 2, "QUERY")
     fails(run("index", "build", tmp_path / "j", corpus, "--model", tiny_bert, "--precision", "int9"), 2, "'int8'")
     fails(run("index", "build", tmp_path / "j", corpus), 2, "holds texts; name the model")
+    fails(run("index", "build", tmp_path / "j", tmp_path / "no.jsonl", "--model", "nomodel"), 2, "no such file")
 
 
 def test_index_of_vectors(run, tmp_path):
@@ -262,6 +271,8 @@ def test_index_of_vectors(run, tmp_path):
     index = Index.open(tmp_path / "i")
     assert index.search(vectors[:2], 1)[1].tolist() == [["t0"], ["t1"]]
     fails(run("index", "add", tmp_path / "i", tmp_path / "v.npy"), 2, "texts")
+    fails(run("index", "add", tmp_path / "i", tmp_path / "v.npy", "--prompt", "query"), 2, "--prompt: ", "vectors")
+    fails(run(*build, tmp_path / "v.parquet", "--field", "body"), 2, "--field: ", "vectors")
     vectors[11, 3] = np.nan
     np.save(tmp_path / "v.npy", vectors)
     fails(run(*build, tmp_path / "v.npy"), 2, "v.npy: row 11 holds NaN")
@@ -335,7 +346,9 @@ def test_remove_and_compact(run, tmp_path):
     code, out, err = run("index", "remove", numbered, 3, "5")
     assert (code, out) == (0, "")
     assert "2 vectors removed, 10 left" in err
-    assert run("index", "remove", named, "-", "n11", stdin=b"n1\nn8\n")[0] == 0
+    Index.open(numbered).add(vectors[:2], ids=[-5, -7])
+    assert run("index", "remove", numbered, "--", "-5", "-7")[0] == 0
+    assert run("index", "remove", named, "-", "n11", stdin=b"n1\n\nn8\n \n")[0] == 0
     assert Index.open(named).ids_at(Index.open(named).rows()).tolist() == [
         f"n{i}" for i in (0, 2, 3, 4, 5, 6, 7, 9, 10)
     ]
@@ -351,6 +364,49 @@ def test_remove_and_compact(run, tmp_path):
     assert run("index", "verify", named) == (0, f"{named}: 9 vectors, as written\n", "")
     fails(run("index", "compact", named, "--smaller-than", 0), 2, "smaller_than: expected an int >= 1")
     fails(run("index", "compact", tmp_path / "none"), 2, "no index here")
+
+
+def test_passes_over_vectors_are_shown(run, tmp_path, monkeypatch):
+    seen = []
+
+    @contextmanager
+    def bar():
+        yield lambda *step: seen.append(step)
+
+    monkeypatch.setattr(cli, "progress_bar", bar)
+    monkeypatch.setattr("leafkern.index.vectors.BLOCK_VALUES", 80 * 12)
+    np.save(tmp_path / "v.npy", np.eye(12, dtype=np.float32).repeat(10, 0))
+    for command, shown in (
+        (("build", tmp_path / "v.npy"), ["checking", "taking ranges", "writing int8", "writing float16"]),
+        (("add", tmp_path / "v.npy"), ["checking", "comparing with the ranges", "writing int8", "writing float16"]),
+    ):
+        seen.clear()
+        assert run("index", command[0], tmp_path / "i", *command[1:])[0] == 0
+        assert seen == [(what, done, 120) for what in shown for done in (80, 120)]
+    seen.clear()
+    assert run("index", "compact", tmp_path / "i")[0] == 0
+    assert {step for step in seen if step[1] == 240} == {
+        (f"writing {x}", 240, 240) for x in ("ids", "codes", "rescore")
+    }
+    seen.clear()
+    assert run("index", "verify", tmp_path / "i")[0] == 0
+    assert seen == [("checking, in MB", 1, 1)]
+
+
+def test_verify_beside_a_compaction(run, tmp_path, monkeypatch):
+    index, verify, compacted = Index.build(tmp_path / "i", np.eye(9, dtype=np.float32)), Index.verify, []
+
+    def late(self, **options):
+        if len(compacted) < times:
+            index.add(np.eye(9, dtype=np.float32))
+            compacted.append(index.compact())
+        verify(self, **options)
+
+    monkeypatch.setattr(Index, "verify", late)
+    times = 2
+    assert run("index", "verify", tmp_path / "i") == (0, f"{tmp_path / 'i'}: 27 vectors, as written\n", "")
+    times = 9
+    fails(run("index", "verify", tmp_path / "i"), 2, "changed on disk")
 
 
 def test_encode_into_an_index(run, tmp_path, corpus, tiny_bert):

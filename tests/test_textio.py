@@ -165,6 +165,19 @@ def test_bad_vectors(tmp_path):
     refused("ragged.parquet", "row 1: a vector of length 1; expected 2")
     pq.write_table(pa.table({"vector": [[1.0, 2.0], [1.0, None]]}), tmp_path / "null.parquet")
     refused("null.parquet", "row 1 holds a null")
+    for values, message in (
+        ([[1.0, 2.0], None], "row 1: column 'vector' holds a null"),
+        (pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2)), "row 1: column 'vector' holds a null"),
+        ([None, [1.0]], "row 0: column 'vector' holds a null"),
+        ([[], [1.0]], "row 0: an empty vector"),
+    ):
+        pq.write_table(pa.table({"vector": values}), tmp_path / "hole.parquet")
+        refused("hole.parquet", message)
+    twice = pa.table([[[1.0]], [[2.0]], ["a"], ["b"]], names=["vector", "vector", "text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    refused("twice.parquet", "2 columns are named 'vector'; expected one")
+    with pytest.raises(InputError, match="2 columns are named 'text'; expected one"):
+        textio.read_texts(tmp_path / "twice.parquet")
     for values in ([1.0, 2.0], ["a", "b"], [{"x": 1.0}] * 2):
         pq.write_table(pa.table({"vector": values}), tmp_path / "scalar.parquet")
         refused("scalar.parquet", r"scalar\.parquet: column 'vector' must hold lists of floats, got")

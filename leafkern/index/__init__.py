@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from leafkern.console import Report, unseen
 from leafkern.errors import InputError
 from leafkern.files import make_folder, remove_leftovers, writing
 from leafkern.index import writer
@@ -102,6 +103,7 @@ class Index(Described):
         ranges: object = None,
         rotate: bool | int = False,
         source: dict | None = None,
+        progress: Report = unseen,
     ) -> "Index":
         """Makes an index at `path`, in place of one that is there.
 
@@ -119,6 +121,7 @@ class Index(Described):
         leaves all dot products as they are and spreads what a few dimensions hold over all of them. That helps codes of
         few bits where dimensions differ much; what it adds on real vectors stands in bench/results/recall/guide.md.
         source: a dict that JSON can hold, kept in the manifest as `Index.source`: where the vectors came from.
+        progress: called with what is done, rows so far and rows in all; here, by `add` and by `compact`.
 
         Errors (InputError): NaN, infinity or values too large for float16 (row named), fewer than 100 vectors that are
         not unit-norm and no ranges for their int8 or int4 codes, ranges where nothing takes them, duplicate or unfit
@@ -157,7 +160,7 @@ class Index(Described):
         index._set_up(path, Snapshot(path, manifest, [], None))
         try:
             make_folder(path)
-            with Rows(vectors, path, width, ranges) as rows:
+            with Rows(vectors, path, width, ranges, progress) as rows:
                 if width not in (None, rows.width):
                     raise InputError(f"width: {width!r}, but the vectors have width {rows.width}; leave it out")
                 manifest["width"] = rows.width
@@ -369,9 +372,12 @@ class Index(Described):
         """float32 (..., D): the vectors of row numbers, as the finest codes hold them; a rotation is undone."""
         return self._state.vectors_at(rows)
 
-    def verify(self) -> None:
-        """Reads everything; raises DamagedFileError, naming the file, unless it is what was written."""
-        self._state.verify()
+    def verify(self, *, progress: Report = unseen) -> None:
+        """Reads everything; raises DamagedFileError, naming the file, unless it is what was written.
+
+        progress: called with what is done, and millions of bytes so far and in all.
+        """
+        self._state.verify(progress)
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -384,6 +390,7 @@ class Index(Described):
         encoder: object = None,
         prompt: str | None = None,
         source: dict | None = None,
+        progress: Report = unseen,
     ) -> int:
         """Appends vectors (as in `build`) as one more segment; how many values were clipped (also warned of).
 
@@ -396,7 +403,7 @@ class Index(Described):
         """
         state, source = self._state, checked_source(source)
         self._require(state, encoder=fingerprint(encoder), prompt=prompt)
-        with Rows(vectors, self.path, state.manifest["width"]) as rows:
+        with Rows(vectors, self.path, state.manifest["width"], progress=progress) as rows:
             self._require(state, width=rows.width)
             texts = self._checked_new(state, rows, texts)
             rows.rotation = state.rotation
@@ -436,7 +443,7 @@ class Index(Described):
             self.refresh()
         return count
 
-    def compact(self, *, smaller_than: int | None = None) -> int:
+    def compact(self, *, smaller_than: int | None = None, progress: Report = unseen) -> int:
         """Writes all segments as one, without removed rows; how many were written anew.
 
         smaller_than: only segments of fewer rows, where several stand together or rows were removed. Rows keep their
@@ -450,7 +457,7 @@ class Index(Described):
         old = sum(len(run) for run in grouped if not writer.stays(run, smaller_than))
         if old:
             with writer.changing(self.path, state.manifest) as change:
-                writer.compact(change, grouped, smaller_than)
+                writer.compact(change, grouped, smaller_than, progress)
             self.refresh()
         else:
             with writing(self.path):

@@ -6,6 +6,7 @@ mapped or read in blocks: memory holds a block and the ids. Ids that a format ha
 """
 
 import glob
+import itertools
 import json
 import mmap
 import os
@@ -23,9 +24,11 @@ import pyarrow.parquet as pq
 import torch
 
 from leafkern import parquet
+from leafkern.console import Report, unseen
 from leafkern.errors import InputError, unknown_name
 from leafkern.files import TEMPORARY, atomic_file, existing, fsync_file, fsync_folder, rename
 from leafkern.index import Index, faiss_flat
+from leafkern.index.vectors import BLOCK_VALUES, check_distinct, id_array
 from leafkern.ops import quantize
 from leafkern.textio import (
     BLOCK_ROWS,
@@ -33,13 +36,12 @@ from leafkern.textio import (
     check_finite,
     is_unicode,
     is_vector_file,
+    iter_objects,
     load_npy,
     read_vectors,
     suffix,
     vector_writer,
 )
-
-Progress = Callable[[str, int, int], None]
 
 EXPORT_FORMATS = (*VECTOR_FORMATS, ".faiss")
 EXPORT_PRECISIONS = ("float32", "float16", "ubinary")
@@ -50,13 +52,16 @@ _IDS_BESIDE = (".ids.npy", ".ids.json")  # int64, strings
 class Source(NamedTuple):
     """What `Index.build` takes, by the same names.
 
-    vectors: a mapped matrix, or an iterator of blocks. ids, texts: Arrow arrays, or None. width: None: not known yet.
+    vectors: a mapped matrix, or an iterator of blocks. texts: strings, or None. width: None: not known yet. encoder,
+    prompt (literal): what makes the vectors; None: not known.
     """
 
     vectors: np.ndarray | Iterator[np.ndarray]
     ids: pa.Array | None
-    texts: pa.ChunkedArray | None
+    texts: pa.ChunkedArray | list[str] | None
     width: int | None
+    encoder: object = None
+    prompt: str | None = None
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -97,7 +102,7 @@ def read(
     ids = _ids_beside(path, len(file.vectors)) if file.ids is None else pa.array(np.array(file.ids, np.int64))
     if file.binary:
         if not binary:
-            raise InputError(f"{path}: holds bits only; choose precision ubinary (or binary) and no rescoring")
+            raise InputError(f"{path}: holds bits only; choose precision ubinary (or binary) and rescore none")
         return Source(_signs(file.vectors), ids, None, 8 * file.vectors.shape[1])
     check_finite(str(path), file.vectors)
     if file.l2:
@@ -141,7 +146,29 @@ def _id_column(path: str | os.PathLike, name: str) -> pa.Array:
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise InputError(f"{path}: column {name!r} must hold integers or strings, got {kind}")
     kind = pa.int64() if pa.types.is_integer(kind) else pa.large_string()
-    return pa.chunked_array(parquet.column(path, name, kind), kind).combine_chunks()
+    return checked_ids(path, name, pa.chunked_array(parquet.column(path, name, kind), kind).combine_chunks())
+
+
+def checked_ids(path: str | os.PathLike, field: str, ids: list[int | str] | pa.Array) -> pa.Array:
+    """The ids of all rows of a file as `id_array` gives them; InputError names where one of another kind or one given
+    before stands.
+    """
+    try:
+        kept = id_array(ids)
+        check_distinct(kept)
+        return kept
+    except InputError as error:
+        problem = error
+    lines = (f"{path}:{number}" for number, _ in iter_objects(path))
+    places = lines if suffix(path).startswith(".jsonl") else (f"{path}: row {row}" for row in itertools.count())
+    seen, ids = set(), ids.to_pylist() if isinstance(ids, pa.Array) else ids
+    for place, identity in zip(places, ids):
+        if isinstance(identity, str) != isinstance(ids[0], str):
+            raise InputError(f"{place}: field {field!r} is {identity!r}; expected all int or all str")
+        if identity in seen:
+            raise InputError(f"{place}: field {field!r} is {identity!r}, as in a row before; expected a new id")
+        seen.add(identity)
+    raise InputError(f"{path}: field {field!r}: {problem}")
 
 
 def _spooled_texts(path: str | os.PathLike, folder: str | os.PathLike | None) -> pa.ChunkedArray:
@@ -194,7 +221,7 @@ def export(
     path: str | os.PathLike,
     *,
     precision: str = "float32",
-    progress: Progress = lambda what, done, total: None,
+    progress: Report = unseen,
 ) -> int:
     """Writes the vectors of an index to a file, atomically and in order of insertion; their number.
 
@@ -233,7 +260,7 @@ def export(
                 fsync_file(temporary)
                 put_aside()
         else:
-            with vector_writer(path, {"precision": precision}) as writer:
+            with vector_writer(path, {"precision": precision, "dim": str(index.width)}) as writer:
                 for block in blocks:
                     writer.add(block)
                 writer.finish()
@@ -242,20 +269,27 @@ def export(
     return len(index)
 
 
-def _row_blocks(index: Index, progress: Progress) -> Iterator[np.ndarray]:
+def _row_blocks(index: Index, progress: Report) -> Iterator[np.ndarray]:
     """The numbers of the rows in blocks, of which there is at least one."""
-    rows = index.rows()
-    for start in range(0, max(1, len(rows)), BLOCK_ROWS):
-        yield rows[start : start + BLOCK_ROWS]
-        progress("exporting", min(start + BLOCK_ROWS, len(rows)), len(rows))
+    rows, step = index.rows(), max(1, min(BLOCK_ROWS, BLOCK_VALUES // index.width))
+    for start in range(0, max(1, len(rows)), step):
+        yield rows[start : start + step]
+        progress("exporting", min(start + step, len(rows)), len(rows))
 
 
 def _coded(index: Index, rows: np.ndarray, precision: str) -> np.ndarray:
     """The vectors of `rows` in an export's precision."""
-    return quantize(torch.from_numpy(index.vectors_at(rows)), precision).codes.numpy()
+    vectors = torch.from_numpy(index.vectors_at(rows))
+    if precision == "float16":
+        wide = rows[~torch.isfinite(vectors.half()).all(dim=1).numpy()]
+        if len(wide):
+            raise InputError(
+                f"precision: row {wide[0]} (id {index.ids_at(wide[:1])[0]!r}) does not fit float16; export float32"
+            )
+    return quantize(vectors, precision).codes.numpy()
 
 
-def _write_parquet(index: Index, path: Path, precision: str, progress: Progress) -> None:
+def _write_parquet(index: Index, path: Path, precision: str, progress: Report) -> None:
     """A row group per block."""
     element = pa.float16() if precision == "float16" else pa.float32()
     identity = pa.large_string() if index.info()["ids"] == "string" else pa.int64()

@@ -137,6 +137,10 @@ def read_manifest(path: Path) -> dict:
     """The manifest of the index at `path`, checked."""
     file = path / MANIFEST
     if not file.is_file():
+        from leafkern.index.shards import SHARDS  # which imports this module
+
+        if (path / SHARDS).is_file():
+            raise InputError(f"{path}: a folder of shards; name one of the indexes in it")
         raise InputError(f"{path}: no index here (there is no {MANIFEST})")
     return checked(file, read_json(file, "manifest of an index"))
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from leafkern.console import Report
 from leafkern.errors import DamagedFileError, InputError
 from leafkern.files import confined
 from leafkern.index import segment as segments
@@ -301,11 +302,18 @@ class Snapshot:
 
     # -- checking --------------------------------------------------------------------------------------------------
 
-    def verify(self) -> None:
+    def verify(self, progress: Report) -> None:
         """Reads everything; raises DamagedFileError, naming the file, unless it is what was written."""
+        done, total = 0, sum(entry["bytes"] for _, entry in self.files())
+
+        def read(count: int) -> None:
+            nonlocal done
+            done += count
+            progress("checking, in MB", -(-done // 10**6), -(-total // 10**6))
+
         for path, entry in self.files():
             try:
-                found = segments.checksum(path)
+                found = segments.checksum(path, read)
             except FileNotFoundError:
                 if read_manifest(self.folder)["revision"] != self.manifest["revision"]:
                     raise InputError(f"{self.folder}: changed on disk since it was opened; refresh it first") from None

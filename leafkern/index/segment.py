@@ -5,7 +5,7 @@ gap, for the format allows none. Strings are kept as Arrow's large_string: offse
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,12 +71,13 @@ def _size(column: Column) -> int:
     return int(np.prod(column.shape, dtype=np.int64)) * np.dtype(column.dtype).itemsize
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
+def checksum(path: Path, read: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a file; `read` is told of every block's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(_HASH_BLOCK):
             digest.update(block)
+            read(len(block))
     return digest.hexdigest()
 
 

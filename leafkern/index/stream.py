@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from leafkern.console import Report, unseen
 from leafkern.errors import InputError
 from leafkern.index import ClippedWarning, Index
 from leafkern.index.manifest import MANIFEST
@@ -18,7 +19,7 @@ class Stream:
     """Appends the blocks of one source to the index at `path`, which is made if there is none.
 
     position: rows of the source that are in the index, where the next block has to begin; 0 for a new index.
-    clipped: values of the blocks added so far that lay outside the ranges, which the first block sets.
+    clipped: values of the blocks added here, not before a kill, that lay outside the ranges: the first block sets them.
     """
 
     def __init__(
@@ -74,13 +75,14 @@ class Stream:
             source = dict(self._origin, rows=self.position + len(vectors))
             self.clipped += self.index.add(vectors, ids, texts=texts, source=source)
 
-    def finish(self) -> Index:
+    def finish(self, progress: Report = unseen) -> Index:
         """The index, as one segment, which is what search passes over fastest."""
         if self.clipped:
             warnings.warn(
-                f"{self.index.path}: {self.clipped} values lie outside the ranges of the first block and were clipped",
+                f"{self.index.path}: {self.clipped} of the values added now lie outside the ranges of the first block "
+                "and were clipped",
                 ClippedWarning,
                 stacklevel=2,
             )
-        self.index.compact()
+        self.index.compact(progress=progress)
         return self.index

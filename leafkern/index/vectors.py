@@ -3,7 +3,7 @@
 import json
 import numbers
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from leafkern.console import Report, unseen
 from leafkern.errors import InputError
 from leafkern.files import TEMPORARY
 from leafkern.ops import quantize
 from leafkern.ops.quantization import CALIBRATION_ROWS, check_fits, default_ranges
 from leafkern.textio import check_finite, is_unicode
 
-_BLOCK_VALUES = 1 << 22
+BLOCK_VALUES = 1 << 22
 
 
 def matrix(name: str, x: object) -> np.ndarray:
@@ -62,12 +63,14 @@ def _ranges(given: object) -> torch.Tensor:
 class Rows:
     """`count` vectors of `width`, from a matrix or from an iterable of matrices (kept in a file meanwhile).
 
-    A context manager; `blocks` may be called repeatedly. `given`: (2, D) that `ranges` returns, or None. `rotation`,
-    where it is set, is applied to what `blocks` gives.
+    A context manager; `blocks` may be called repeatedly. `given`: (2, D) that `ranges` returns, or None. `progress` is
+    told of each pass over the rows. `rotation`, where it is set, is applied to what `blocks` gives.
     """
 
-    def __init__(self, vectors: object, folder: Path, width: int | None, given: object = None):
-        self._file = None
+    def __init__(
+        self, vectors: object, folder: Path, width: int | None, given: object = None, progress: Report = unseen
+    ):
+        self._file, self._progress = None, progress
         self.rotation: torch.Tensor | None = None
         self._given = None if given is None else _ranges(given)
         if isinstance(vectors, np.ndarray | torch.Tensor):
@@ -103,7 +106,10 @@ class Rows:
             self._file.write(np.ascontiguousarray(block))
             count += len(block)
         if width is None:
-            raise InputError("width: needed for an index of no vectors at all")
+            raise InputError(
+                "vectors: none at all, and nothing says their width; give it, or what has one: a .npy of shape (0, D), "
+                "a .parquet of lists of a fixed size"
+            )
         self._file.flush()
         if count == 0:
             return np.zeros((0, width), np.float32)
@@ -113,17 +119,18 @@ class Rows:
         """Rows `start` to `stop`, as they were given: nothing is copied."""
         return self._values[start:stop]
 
-    def blocks(self) -> Iterator[torch.Tensor]:
-        """Consecutive rows, float32."""
-        step = max(1, _BLOCK_VALUES // self.width)
+    def blocks(self, doing: str) -> Iterator[torch.Tensor]:
+        """Consecutive rows, float32; `doing` names the pass."""
+        step = max(1, BLOCK_VALUES // self.width)
         for start in range(0, self.count, step):
             block = torch.from_numpy(float32(self._values[start : start + step]))
             yield block if self.rotation is None else rotated(block, self.rotation)
+            self._progress(doing, min(start + step, self.count), self.count)
 
     def check_finite(self) -> None:
         """Refuses NaN and infinity, also where float32 makes it of a larger type's number."""
         start = 0
-        for block in self.blocks():
+        for block in self.blocks("checking"):
             check_finite("vectors", block.numpy(), start)
             start += len(block)
 
@@ -132,21 +139,23 @@ class Rows:
         if self._given is not None:
             return self._given
         if self.count < CALIBRATION_ROWS:
-            return default_ranges(torch.cat([torch.zeros((0, self.width)), *self.blocks()]), precision, "vectors")
+            few = torch.cat([torch.zeros((0, self.width)), *self.blocks("taking ranges")])
+            return default_ranges(few, precision, "vectors")
         low = torch.full((self.width,), float("inf"))
         high = -low
-        for block in self.blocks():
+        for block in self.blocks("taking ranges"):
             low, high = torch.minimum(low, block.amin(0)), torch.maximum(high, block.amax(0))
         return torch.stack([low, high])
 
     def clipped(self, ranges: torch.Tensor) -> int:
         """How many values lie outside `ranges`."""
-        return sum(int(((block < ranges[0]) | (block > ranges[1])).sum()) for block in self.blocks())
+        blocks = self.blocks("comparing with the ranges")
+        return sum(int(((block < ranges[0]) | (block > ranges[1])).sum()) for block in blocks)
 
     def codes(self, precision: str, ranges: torch.Tensor | None) -> Iterator[np.ndarray]:
         """The codes of `blocks`."""
         start = 0
-        for block in self.blocks():
+        for block in self.blocks(f"writing {precision}"):
             if precision == "float16":  # as `quantize`, but with the row's number among all
                 check_fits("vectors", block.half(), precision, start)
             yield quantize(block, precision, ranges=ranges).codes.numpy()
@@ -159,6 +168,7 @@ def id_array(ids: object) -> pa.Array:
         ids = ids.cpu().numpy()
     if isinstance(ids, pa.Array | pa.ChunkedArray):
         ids = pa.chunked_array([ids] if isinstance(ids, pa.Array) else ids.chunks, ids.type).combine_chunks()
+        _check_unicode("ids", ids)
         if ids.null_count == 0 and (pa.types.is_int64(ids.type) or pa.types.is_large_string(ids.type)):
             return ids
         ids = ids.to_pylist()
@@ -177,6 +187,14 @@ def id_array(ids: object) -> pa.Array:
         return pa.array(values, pa.large_string() if kind is str else pa.int64())
     except (OverflowError, pa.ArrowInvalid, UnicodeEncodeError) as error:
         raise InputError(f"ids: {error}") from None
+
+
+def _check_unicode(name: str, strings: pa.Array | pa.ChunkedArray) -> None:
+    """Arrow takes any bytes for strings."""
+    try:
+        strings.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def check_distinct(ids: pa.Array) -> None:
@@ -198,11 +216,14 @@ def checked_texts(texts: object, count: int, kept: bool) -> pa.ChunkedArray | No
         return None
     if not kept:
         raise InputError("texts: the index was built without texts; build it anew to keep them")
+    if isinstance(texts, str) or not isinstance(texts, Sized):
+        raise InputError(f"texts: expected a sequence of str, got {type(texts).__name__}")
     if len(texts) != count:
         raise InputError(f"texts: {len(texts)} for {count} vectors; expected one each")
     if isinstance(texts, pa.Array | pa.ChunkedArray):
         if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)) or texts.null_count:
             raise InputError(f"texts: expected strings without nulls, got {texts.null_count} nulls in {texts.type}")
+        _check_unicode("texts", texts)
         return (pa.chunked_array([texts]) if isinstance(texts, pa.Array) else texts).cast(pa.large_string())
     for row, text in enumerate(texts):
         if not isinstance(text, str):

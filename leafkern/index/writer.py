@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from leafkern.console import Report
 from leafkern.errors import DamagedFileError, InputError
 from leafkern.files import fsync_folder, remove_file, remove_leftovers, write_json, writing
 from leafkern.index import segment as segments
@@ -232,7 +233,7 @@ def stays(run: list[Segment], smaller_than: int | None) -> bool:
     return len(run) == 1 and (run[0].allowed is None or (smaller_than is not None and run[0].live >= smaller_than))
 
 
-def compact(change: _Change, grouped: list[list[Segment]], smaller_than: int | None) -> None:
+def compact(change: _Change, grouped: list[list[Segment]], smaller_than: int | None, progress: Report) -> None:
     """Each run becomes one segment without its deleted rows, in blocks of bounded memory."""
     change.manifest["segments"] = []
     for run in grouped:
@@ -240,10 +241,10 @@ def compact(change: _Change, grouped: list[list[Segment]], smaller_than: int | N
         if stays(run, smaller_than):
             change.manifest["segments"].append(run[0].entry)
         elif rows:
-            _add_segment(change, change.manifest["segments"], _merged(run, rows), rows)
+            _add_segment(change, change.manifest["segments"], _merged(run, rows, progress), rows)
 
 
-def _merged(run: list[Segment], rows: int) -> dict[str, Column]:
+def _merged(run: list[Segment], rows: int, progress: Report) -> dict[str, Column]:
     """The columns of `run` without deleted rows; ranges and factors are the first segment's, which all share."""
     ranges_of(run)
     columns = {}
@@ -254,7 +255,7 @@ def _merged(run: list[Segment], rows: int) -> dict[str, Column]:
             columns |= _merged_strings(run, name.removesuffix("_ends"), rows)
         elif not name.endswith("_bytes"):
             array = tensor[:0].numpy()
-            columns[name] = Column(array.dtype, (rows, *array.shape[1:]), _row_blocks(run, name))
+            columns[name] = Column(array.dtype, (rows, *array.shape[1:]), _row_blocks(run, name, progress))
     return columns
 
 
@@ -266,11 +267,14 @@ def _pieces(part: Segment, row_bytes: int) -> Iterator[tuple[slice, np.ndarray |
         yield piece, None if part.allowed is None else part.allowed[piece].numpy()
 
 
-def _row_blocks(run: list[Segment], name: str) -> Iterator[np.ndarray]:
+def _row_blocks(run: list[Segment], name: str, progress: Report) -> Iterator[np.ndarray]:
+    read, total = 0, sum(map(len, run))
     for part in run:
         values = part.tensors[name].numpy()
         for piece, kept in _pieces(part, values[:1].nbytes):
             yield values[piece] if kept is None else values[piece][kept]
+            read += piece.stop - piece.start
+            progress(f"writing {name}", read, total)
 
 
 def _string_blocks(run: list[Segment], name: str) -> Iterator[dict[str, np.ndarray]]:

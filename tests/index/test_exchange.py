@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import safe_open
 
 from leafkern import Index, files
 from leafkern.errors import InputError
@@ -198,6 +199,9 @@ def test_bits(tmp_path, precision, faiss):
     codes = quantize(torch.from_numpy(x), "ubinary").codes.numpy()
     exchange.export(index, tmp_path / "b.npy", precision="ubinary")
     np.testing.assert_array_equal(np.load(tmp_path / "b.npy"), codes)
+    exchange.export(index, tmp_path / "b.safetensors", precision="ubinary")
+    with safe_open(tmp_path / "b.safetensors", "np") as file:
+        assert file.metadata() == {"precision": "ubinary", "dim": "24"}
     exchange.export(index, tmp_path / "b.faiss", precision="ubinary")
     flat = faiss.read_index_binary(str(tmp_path / "b.faiss"))
     queries = unit(5)
@@ -208,7 +212,7 @@ def test_bits(tmp_path, precision, faiss):
     scores, _ = again.search(queries, 70)
     np.testing.assert_array_equal(24 - 2 * distances, scores)
     np.testing.assert_array_equal(again.search_rows(queries, 9)[1], index.search_rows(queries, 9)[1])
-    with pytest.raises(InputError, match="holds bits only; choose precision ubinary"):
+    with pytest.raises(InputError, match=r"holds bits only; choose precision ubinary \(or binary\) and rescore none"):
         exchange.read(tmp_path / "b.faiss")
 
 
@@ -258,6 +262,7 @@ def test_parquet_of_others(tmp_path):
         ({"text": [b"\xff"] * 100}, {}, "column 'text', from row 0"),
         ({"text": [[1]] * 100}, {}, "column 'text', from row 0"),
         ({}, {"ids_field": "key"}, "column: unknown name 'key'"),
+        ({"key": [*range(61), *range(39)]}, {"ids_field": "key"}, "row 61: field 'key' is 0, as in a row before"),
     ):
         table(**columns)
         with pytest.raises(InputError, match=message) as error:
@@ -271,6 +276,35 @@ def test_parquet_of_others(tmp_path):
     with pytest.raises(InputError, match="must hold lists of floats, got int64"):
         built(tmp_path / "i", exchange.read(path))
     assert len(index) == 100
+
+
+def test_parquet_of_no_vectors(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"vector": pa.array([], pa.list_(pa.float32()))}), path)
+    with pytest.raises(InputError, match=r"nothing says their width; .* a \.parquet of lists of a fixed size"):
+        built(tmp_path / "i", exchange.read(path))
+    assert built(tmp_path / "i", exchange.read(path)._replace(width=24)).width == 24
+    assert Index.open(tmp_path / "i").add(exchange.read(path).vectors) == 0
+
+
+def test_blocks_of_wide_vectors_have_fewer_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(exchange, "BLOCK_VALUES", 24 * 7)
+    index, seen = Index.build(tmp_path / "i", unit(20), precision="float32"), []
+    exchange.export(index, tmp_path / "v.npy", progress=lambda _, done, total: seen.append(done))
+    assert seen == [7, 14, 20]
+    np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), index.vectors_at(index.rows()))
+
+
+def test_too_large_for_float16(tmp_path, monkeypatch):
+    monkeypatch.setattr(exchange, "BLOCK_ROWS", 16)
+    x = unit(50)
+    x[41, 3] = 1e5
+    index = Index.build(tmp_path / "i", x, ids=[f"n{row}" for row in range(50)], precision="float32")
+    index.remove(["n3", "n17"])
+    for kind in (".npy", ".parquet"):
+        with pytest.raises(InputError, match=r"precision: row 41 \(id 'n41'\) does not fit float16"):
+            exchange.export(index, tmp_path / f"v{kind}", precision="float16")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["i"]
 
 
 def test_ids_beside(tmp_path):
@@ -412,7 +446,7 @@ def test_a_crash_leaves_the_files_of_before(tmp_path, kind, ids, killed, monkeyp
 def test_memory_holds_blocks_only(tmp_path, monkeypatch):
     """Reading, building and exporting 38 MB of vectors and 45 MB of texts take a fraction of that."""
     rows, width = 150_000, 64
-    monkeypatch.setattr("leafkern.index.vectors._BLOCK_VALUES", 1 << 18)
+    monkeypatch.setattr("leafkern.index.vectors.BLOCK_VALUES", 1 << 18)
     monkeypatch.setattr(exchange, "BLOCK_ROWS", 2048)
     schema = pa.schema({"vector": pa.list_(pa.float32(), width), "text": pa.string()})
     with pq.ParquetWriter(tmp_path / "x.parquet", schema) as writer:

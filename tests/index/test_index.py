@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -89,7 +90,7 @@ def test_blocks_give_the_same_file_content(tmp_path):
 
 
 def test_too_large_values_are_named_among_all_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("leafkern.index.vectors._BLOCK_VALUES", 240)
+    monkeypatch.setattr("leafkern.index.vectors.BLOCK_VALUES", 240)
     x = unit(230).astype(np.float64)
     for value, message in ((1e5, "vectors: row 157 does not fit float16"), (1e39, "vectors: row 157 holds NaN or inf")):
         x[157, 3] = value
@@ -240,6 +241,14 @@ def test_refusals(tmp_path):
     refused("texts: row 1 is int, not str", Index.build, tmp_path / "j", x[:2], texts=["a", 3])
     refused("texts: row 1 holds a lone surrogate", Index.build, tmp_path / "j", x[:2], texts=["a", "b\ud800"])
     refused("texts: row 0 is list, not str", Index.build, tmp_path / "j", x[:1], texts=np.array([["a"]]).tolist())
+    refused("texts: expected a sequence of str, got str", Index.build, tmp_path / "j", x[:3], texts="abc")
+    refused("texts: expected a sequence of str, got gen", Index.build, tmp_path / "j", x[:1], texts=(t for t in "a"))
+    for kind in (pa.string(), pa.large_string()):
+        ends = pa.py_buffer(np.arange(2, dtype=np.int32 if kind == pa.string() else np.int64))
+        latin = pa.Array.from_buffers(kind, 1, [None, ends, pa.py_buffer(b"\xff")])
+        refused("texts: .*UTF8", Index.build, tmp_path / "j", x[:1], texts=latin)
+        refused("texts: .*UTF8", Index.build, tmp_path / "j", x[:1], texts=pa.chunked_array([latin]))
+        refused("ids: .*UTF8", Index.build, tmp_path / "j", x[:1], ids=latin)
     refused("texts: 1 for 2 vectors", Index.build, tmp_path / "j", x[:2], texts=np.array(["a"]))
     refused("built without texts", index.add, x[:1], texts=["a"])
     refused("k: expected an int >= 1, got 0", index.search, x, 0)

@@ -370,6 +370,8 @@ def test_command_line(tmp_path, tiny_bert, monkeypatch, capsys):
         assert (found["id"], found["text"]) == ("abcd"[number], text)
     assert {"count": 4, "shards": 3}.items() <= json.loads(run("index", "info", tmp_path / "s", "--json")).items()
     assert "4 vectors, as written" in run("index", "verify", tmp_path / "s")
+    with pytest.raises(InputError, match=r"s: a folder of shards; name one of the indexes in it"):
+        Index.open(tmp_path / "s")
 
 
 def test_what_is_no_folder_of_shards(tmp_path):
