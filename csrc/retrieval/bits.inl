@@ -8,7 +8,6 @@
 
 constexpr int kTurned = 16;             // bytes of a row that are turned at once
 constexpr int kNibbleBytes = 24 << 10;  // of turned rows, kept in the first-level cache while all queries pass over it
-constexpr int64_t kTouched = 128;       // rows that are brought into it at once for one query
 constexpr int kRuns[] = {63, 32, 16, 12, 8, 6, 5, 4, 3, 2, 1};
 constexpr int kTurnedRuns[] = {8, 4, 2, 1};  // of one query
 
@@ -342,8 +341,8 @@ template <int kRun>
 void scan_turning(const Tables& view, int bytes, const uint8_t* rows, int64_t stride, int64_t count, int64_t first_id,
                   Keeper* keeper, uint8_t* space) {
     for (int64_t begin = 0; begin < count; begin += 32) {
-        if (begin % kTouched == 0) touch(rows + begin * stride, stride, least(kTouched, count - begin), bytes);
         const int64_t now = least<int64_t>(32, count - begin);
+        touch(rows + begin * stride, stride, now, bytes);
         int64_t step = stride;
         const uint8_t* here = whole(rows + begin * stride, &step, 32, now, bytes, space);
         __m256i low, high;

@@ -67,14 +67,15 @@ def test_without_a_compiler_the_reference_serves(sources):
     assert "native kernels not built" in log
     done = run(site, "-c", SEARCH)
     assert done.returncode == 0, done.stderr
-    # Said once, not at every call.
-    assert done.stdout.startswith("reference 1 ")
+    # Said once of each operation, not at every call.
+    assert done.stdout.startswith("reference 2 leafkern.quantization: ")
+    assert done.stdout.count("leafkern.retrieval: ") == 1
     assert "install a C++ compiler" in done.stdout
 
 
 def test_native_can_be_required_and_refused(sources):
     site, _ = install(sources, LEAFKERN_NATIVE="0")
-    assert run(site, "-c", SEARCH).stdout.startswith("reference 1")
+    assert run(site, "-c", SEARCH).stdout.startswith("reference 2 ")
     with pytest.raises(AssertionError, match="Failed building wheel"):
         install(sources, LEAFKERN_NATIVE="1", CC="/bin/false", CXX="/bin/false")
 
@@ -106,9 +107,11 @@ def test_kernels_under_sanitizers(sources, sanitizer, library):
     else:
         folder = ROOT / "tests" / "ops"
         options = ["-x", "-q", "-s", "--rootdir", site, "-c", "/dev/null"]
+        # Torch's own exceptions pass through the sanitizer, which finds their library only where it is loaded first.
+        preload = f"{found} libstdc++.so.6"
         for file, names in chosen.items():
             command = ["-m", "pytest", *options, "-k", names, folder / file]
-            done = run(site, *command, LD_PRELOAD=found, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="1")
+            done = run(site, *command, LD_PRELOAD=preload, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="1")
             assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
