@@ -376,14 +376,13 @@ def index_verify(index: IndexPath) -> None:
 
     Example: `leafkern index verify my-index`
     """
-    from leafkern.index import Index
     from leafkern.index.shards import open_index
 
     for attempts_left in (2, 1, 0):
         opened = open_index(index)
         try:
             with progress_bar() as report:
-                opened.verify(**({"progress": report} if isinstance(opened, Index) else {}))
+                opened.verify(progress=report)
             break
         except InputError:  # a writer has just removed what was opened
             if not attempts_left:

@@ -4,7 +4,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from leafkern import __version__
+from leafkern.console import Report
 from leafkern.encode import Encoder
 from leafkern.errors import InputError, unknown_name
 from leafkern.index.manifest import PRECISIONS, RESCORE_PRECISIONS, code_bytes
@@ -28,7 +29,6 @@ _SCORES = 1 << 24  # of a block of queries at a time
 _TIMED_SECONDS = 0.2
 
 Qrels = Mapping[str, Mapping[str, int]]
-Progress = Callable[[str, int, int], None]
 
 
 class Retrieval(NamedTuple):
@@ -284,7 +284,7 @@ def evaluate_vectors(
     precisions: Sequence[str] = DEFAULT_PRECISIONS,
     rankings: Mapping[str, Sequence[Sequence[str]]] | None = None,
     k: int = 10,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> dict:
     """Systems × widths × precisions, from vectors that are already there.
 
@@ -427,7 +427,7 @@ def evaluate(
     data: Retrieval | Similarity | str | os.PathLike,
     dims: Sequence[int] | None = None,
     precisions: Sequence[str] = DEFAULT_PRECISIONS,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> dict:
     """Encodes the task's texts by the student (`model`) and the teacher and gives `evaluate_vectors`' dict.
 

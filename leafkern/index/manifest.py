@@ -16,6 +16,7 @@ from leafkern.textio import is_unicode
 FORMAT = "leafkern-index"
 VERSION = 1
 MANIFEST = "manifest.json"
+SHARDS = "shards.json"  # of a folder of indexes
 LARGEST_ID = 2**63 - 1
 KINDS = ("segment", "deleted", "rotation")
 # From fine to coarse: the codes kept for rescoring must be finer than those scanned.
@@ -137,8 +138,6 @@ def read_manifest(path: Path) -> dict:
     """The manifest of the index at `path`, checked."""
     file = path / MANIFEST
     if not file.is_file():
-        from leafkern.index.shards import SHARDS  # which imports this module
-
         if (path / SHARDS).is_file():
             raise InputError(f"{path}: a folder of shards; name one of the indexes in it")
         raise InputError(f"{path}: no index here (there is no {MANIFEST})")

@@ -26,10 +26,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from leafkern.console import Report, unseen
 from leafkern.errors import DamagedFileError, InputError
 from leafkern.files import TEMPORARY, confined, make_folder, read_json, remove_leftovers, write_json, writing
 from leafkern.index import Index
-from leafkern.index.manifest import Described, checked_rescore, query_fingerprint
+from leafkern.index.manifest import SHARDS, Described, checked_rescore, query_fingerprint
 from leafkern.index.reader import Candidates, joined
 from leafkern.index.vectors import Rows, check_distinct, id_array
 from leafkern.ops.quantization import CALIBRATION_ROWS
@@ -38,7 +39,6 @@ __all__ = ["MissingShardWarning", "Shards", "open_index"]
 
 FORMAT = "leafkern-shards"
 VERSION = 1
-SHARDS = "shards.json"
 # The folders that `Shards.build` makes, and no other, are its own to remove.
 _OWN = re.compile(r"shard-[0-9a-f]{8}-[0-9]{5,}")
 # Each attempt to open shards that fails means that a writer has replaced all of them meanwhile.
@@ -255,10 +255,15 @@ class Shards(Described):
         """The stored texts of row numbers, as objects in an array of the same shape."""
         return _gather(self._state, rows, Index.texts_at, object)
 
-    def verify(self) -> None:
-        """`Index.verify` of every shard. That no two shards have an id in common is not looked at."""
-        for index in self._state.indexes.values():
+    def verify(self, *, progress: Report = unseen) -> None:
+        """`Index.verify` of every shard. That no two shards have an id in common is not looked at.
+
+        progress: called with what is done, and shards so far and in all.
+        """
+        indexes = self._state.indexes
+        for done, index in enumerate(indexes.values(), start=1):
             index.verify()
+            progress("checking shards", done, len(indexes))
 
     def _candidates(self, state: _State, queries: object, k: int, *, allowed: object = None, **options) -> Candidates:
         if allowed is not None and len(allowed) != state.starts[-1]:

@@ -29,16 +29,15 @@ import torch
 
 from leafkern import parquet
 from leafkern.bulk import documents
-from leafkern.console import described
+from leafkern.console import Report, described, unseen
 from leafkern.encode import Encoder
 from leafkern.errors import DamagedFileError, InputError, unknown_name
 from leafkern.evaluate import prompt_for
 from leafkern.files import atomic_file, make_folder, read_json, remove_leftovers, write_json, writing
 from leafkern.index import Index
-from leafkern.index.manifest import checked_rescore
+from leafkern.index.manifest import SHARDS, checked_rescore
 from leafkern.index.reader import joined
 from leafkern.index.shards import (
-    SHARDS,
     Shards,
     alike,
     even_parts,
@@ -53,7 +52,6 @@ from leafkern.textio import BLOCK_ROWS, TEXT_FORMATS, iter_texts, suffix
 RECEIPTS = "_leafkern"
 VECTOR = "vector"
 
-Progress = Callable[[str, int, int], None]
 Inputs = str | os.PathLike | Iterable[str | os.PathLike]
 
 
@@ -81,7 +79,7 @@ def encode_files(
     workers: int = 2,
     cpus: float = 1,
     gpus: float = 0,
-    progress: Progress = lambda what, done, total: None,
+    progress: Report = unseen,
 ) -> Finished:
     """Writes each Parquet file of `inputs` to the folder `output` under its name, with a column "vector" added.
 
@@ -117,7 +115,7 @@ def build_shards(
     workers: int = 2,
     cpus: float = 1,
     gpus: float = 0,
-    progress: Progress = lambda what, done, total: None,
+    progress: Report = unseen,
 ) -> Finished:
     """Makes a folder of shards (`leafkern.Shards`) of files of texts: one index per file, in the order of `inputs`.
 
@@ -275,7 +273,7 @@ def _run(
     workers: int,
     cpus: float,
     gpus: float,
-    progress: Progress,
+    progress: Report,
 ) -> Finished:
     """Every file of `names` by some actors of class `worker`, to its name in the folder `output`."""
     taken: dict[str, Path] = {}
