@@ -5,7 +5,6 @@ Bases smaller than the cache are rotated. A case's test is named so that `-k "cp
 """
 
 import gc
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -87,9 +86,9 @@ def _bases(precision: str, rows: int, device: str) -> list[Quantized | torch.Ten
     if precision in ("binary", "asymmetric"):
         return _bits(rows)
     if precision == "rescored":
-        # Copies, for the finer levels are those of one set of vectors.
+        # Of the same vectors, for the finer levels are theirs.
         bits = _levels(rows)[0]
-        return [bits, *(replace(bits, codes=bits.codes.clone()) for _ in range(BINARY_BASES - 1))]
+        return [bits, *(quantize(_vectors(rows), "ubinary") for _ in range(BINARY_BASES - 1))]
     return [_vectors(rows) if precision == "float32" else quantize(_vectors(rows), precision)]
 
 

@@ -435,8 +435,10 @@ def search(
         if isinstance(level, Quantized):
             parts = (level.codes, level.scale, level.offset, level.precision)
         scores, ids = rescore_candidates(queries, *parts, ids, keep)
-        bad = ~torch.isfinite(scores) & (ids >= 0)
-        if values_checked(scores) and bad.any():
-            row = int(ids[bad][0])
-            raise InputError(f"{name}: row {row} holds NaN or infinity, or overflows float32; expected finite values")
+        if values_checked(scores) and not all_finite(scores):
+            # -inf is right where there is no row.
+            if bad := ids[~torch.isfinite(scores) & (ids >= 0)].tolist():
+                raise InputError(
+                    f"{name}: row {bad[0]} holds NaN or infinity, or overflows float32; expected finite values"
+                )
     return scores, ids
