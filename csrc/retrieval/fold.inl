@@ -3,18 +3,15 @@
 void fold(const float* w, int64_t rows, int64_t dim, int8_t* u, float* a) {
     for (int64_t row = 0; row < rows; ++row, w += dim, u += dim) {
         // Magnitudes of floats order as their bits do, which the compiler takes in vectors.
-        int32_t largest = 0;
+        uint32_t largest = 0;
         for (int64_t i = 0; i < dim; ++i) {
-            int32_t bits;
-            memcpy(&bits, w + i, 4);
-            bits &= INT32_MAX;
-            largest = bits > largest ? bits : largest;
+            const uint32_t magnitude = bits_of(w[i]) & INT32_MAX;
+            largest = magnitude > largest ? magnitude : largest;
         }
-        float step;
-        memcpy(&step, &largest, 4);
-        a[row] = step /= 63.f;
+        const float step = float_of(largest) / 63.f;
+        a[row] = step;
         if (step == 0.f) {
-            memset(u, 0, dim);
+            std::memset(u, 0, dim);
             continue;
         }
         for (int64_t i = 0; i < dim; ++i) {
@@ -23,10 +20,7 @@ void fold(const float* w, int64_t rows, int64_t dim, int8_t* u, float* a) {
             level = level < 63.f ? level : 63.f;
             level = level > -63.f ? level : -63.f;
             // Added to 1.5 * 2^23, a small number is rounded to an integer, half to even, which ends in the lowest bits.
-            level += 12582912.f;
-            int32_t bits;
-            memcpy(&bits, &level, 4);
-            u[i] = static_cast<int8_t>(bits);
+            u[i] = static_cast<int8_t>(bits_of(level + 12582912.f));
         }
     }
 }

@@ -20,6 +20,7 @@ from leafkern.index import segment as segments
 from leafkern.index.manifest import LARGEST_ID, MANIFEST, checksum, code_dtype, live, read_manifest
 from leafkern.index.vectors import rotated
 from leafkern.ops import Quantized, dequantize, search
+from leafkern.ops._core.checks import all_finite
 from leafkern.ops.quantization import code_width
 from leafkern.ops.retrieval import FoldedQueries, checked_query_bits, is_integer, rescore_candidates
 
@@ -228,7 +229,7 @@ class Snapshot:
         order, fine = (values.gather(1, places).gather(1, rising) for values in (order, scores))
         if rescoring:
             fine = self._fine(queries, finer, rows)
-            if not torch.isfinite(fine).all():
+            if not all_finite(fine):
                 raise InputError("queries: scores overflow float32; scale the queries down")
         return Candidates(rows.numpy(), order.numpy(), fine.numpy(), keep, rescoring)
 

@@ -91,7 +91,7 @@ def test_kernels_under_sanitizers(sources, sanitizer, library):
     flags = f"-fsanitize={sanitizer} -fno-sanitize-recover=all -O1"
     site, _ = install(sources, LEAFKERN_NATIVE="1", LEAFKERN_CXXFLAGS=flags)
     chosen = {
-        "test_retrieval.py": "definition or every_thread or saturate or view or beyond or equal_scores",
+        "test_retrieval.py": "definition or every_thread or saturate or view or beyond or equal_scores or folds",
         "test_retrieval_floats.py": "definition or wide or views or every_number or not_finite or rescoring",
         "test_retrieval_bits.py": "one_size or best_and_worst or whole_and_ragged or wider_base",
         "test_retrieval_allowed.py": "integers_equal",

@@ -79,7 +79,7 @@ def _runs_native(queries: torch.Tensor) -> bool:
     """Whether a step beside the search itself is for the compiled kernels, where they know it."""
     if queries.device.type != "cpu" or not values_checked(queries):
         return False
-    return forced_backend("retrieval") in (None, "native")
+    return forced_backend("retrieval") in (None, "native") and unavailable() is None
 
 
 def _candidates(
@@ -134,7 +134,7 @@ def fold(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     a = max|w|/63, u = w/a rounded half to even; w = 0 gives a = 0, u = 0. Every backend gives the same bits.
     """
-    return native.fold(w) if _runs_native(w) and unavailable() is None else reference.fold(w)
+    return native.fold(w) if _runs_native(w) else reference.fold(w)
 
 
 def _size(level: torch.Tensor | Quantized) -> tuple[int, int]:
