@@ -141,7 +141,7 @@ def drivers(cpu: Mapping[str, figures.Measured]) -> str:
         floor = bytes_read / single.ceilings["read"]
         said.append(
             f"- {precision_name(precision)}: one query alone costs {scan_seconds(single):.3g} s on the threads "
-            f"measured, of which reading {bytes_read / 1e9:,.0f} GB at the measured bandwidth is {floor:.3g} s; among "
+            f"measured; reading {bytes_read / 1e9:,.0f} GB at the measured bandwidth alone takes {floor:.3g} s; among "
             f"1000 it costs {scan_seconds(many) / 1000:.3g} s, {scan_seconds(single) / scan_seconds(many) * 1000:.3g} "
             "times less: gather queries into batches before buying machines."
         )

@@ -112,9 +112,10 @@ def _targets() -> list[Target]:
         found.append(Target(case, "of read bandwidth", 0.80, share, "%"))
         found.append(Target(case, "the best of FAISS, USearch, NumKong", 2.0, ratio, most=_at_limit(ratio, share)))
     many = "int8/Q1000"
-    ratio, share = _faster("cpu", many, "NumKong"), _of_rate("cpu", many, "int8_maddubs")
+    # The peak of the target widens after every product, where these kernels and others may add several first.
+    ratio, share = _faster("cpu", many, "NumKong"), _of_rate("cpu", many, "int8_maddubs16")
     found += [
-        Target(many, "of the maddubs + madd peak", 0.65, share, "%"),
+        Target(many, "of the maddubs + madd peak", 0.65, _of_rate("cpu", many, "int8_maddubs"), "%"),
         Target(many, "NumKong's dots, which select nothing", 1.2, ratio, most=_at_limit(ratio, share)),
         Target(many, "FAISS SQ8 direct signed", 4.0, _faster("cpu", many, "FAISS SQ8")),
         Target(many, "USearch exact i8", 4.0, _faster("cpu", many, "USearch")),
@@ -195,7 +196,8 @@ def page(found: Mapping) -> str:
     lead = (
         "Written by `python -m bench.targets` from the result files; the targets are typed, what was measured is not. "
         f"Search of clustered unit vectors ({sizes or 'not measured'}), k = 10 where nothing else is said. Ratios are "
-        "how many times faster leafkern is, medians of one run. Percentages are of rates measured in the same run."
+        "how many times faster leafkern is, medians of one run; of a peer slower than 8 s, its one checked call. "
+        "Percentages are of rates measured in the same run."
     )
     count = f"{len(lines) - missed - absent} of {len(lines)} reached, {missed} not, {absent} not measured here."
     origin = f"From: {figures.origin(documents)}." if documents else "No result files were found."
