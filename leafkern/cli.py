@@ -216,7 +216,7 @@ def index_build(
     finer = checked_rescore(precision, _level(rescore))
     limits = None if ranges is None else _ranges(ranges)
     binary = precision in ("binary", "ubinary") and finer is None
-    folder = index if index.is_dir() else _existing_parent(index)
+    folder = next(each for each in (index, *index.absolute().parents) if each.is_dir())
     reading = {"texts": texts, "binary": binary, "folder": folder}
     options = {"precision": precision, "rescore": finer, "ranges": limits, "rotate": rotate}
     with progress_bar() as report:
@@ -233,11 +233,6 @@ def _ranges(path: Path) -> object:
     if suffix(path) != ".npy":
         raise InputError(f"--ranges: {path} is no .npy file; save a float array (2, D), least and greatest values")
     return read_vectors(path).vectors
-
-
-def _existing_parent(path: Path) -> Path:
-    """The folder in which `path` lies or will lie, or the nearest one above it."""
-    return next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
 
 
 @index_app.command("add")

@@ -6,12 +6,13 @@ Temporary name in the same folder -> write -> fsync -> rename -> fsync of the fo
 
 import ctypes
 import errno
+import glob
 import json
 import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -138,15 +139,30 @@ def rename(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` for what is to become it, or was it."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def temporaries(path: str | os.PathLike) -> list[Path]:
+    """What stands under such names of `path`: of a writer that goes on, or was killed."""
+    path = Path(path).absolute()
+    return [*path.parent.glob(f"{TEMPORARY}{glob.escape(path.name)}-{'[0-9a-f]' * 8}")]
+
+
 @contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it replaces `path`, on any error it is removed."""
+def atomic_file(path: str | os.PathLike, before_rename: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
+
+    before_rename: called when all but that is done.
+    """
     path = Path(path)
-    temporary = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"
+    temporary = temporary_name(path)
     try:
         on_step("write", temporary)
         yield temporary
         fsync_file(temporary)
+        before_rename()
         rename(temporary, path)
         fsync_folder(path.parent)
     finally:
@@ -162,7 +178,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     make_folder(path.parent)
-    temporary = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"
+    temporary = temporary_name(path)
     aside = path.parent / f"{TEMPORARY}{path.name}-old-{uuid.uuid4().hex[:8]}"
     try:
         on_step("write", temporary)

@@ -4,14 +4,13 @@ Texts: .txt (a text per line), .jsonl, both also .gz; .parquet; "-" is standard 
 .safetensors, .parquet (columns text, vector). Errors name the file and the line or row.
 """
 
-import glob
 import gzip
 import json
 import os
 import struct
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tokenize import TokenError  # numpy's reader of .npy headers lets it through
@@ -21,7 +20,7 @@ import numpy as np
 
 from leafkern import parquet
 from leafkern.errors import InputError
-from leafkern.files import TEMPORARY, atomic_file, existing
+from leafkern.files import atomic_file, existing, temporaries
 
 TEXT_FORMATS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 VECTOR_FORMATS = (".npy", ".safetensors", ".parquet")
@@ -263,21 +262,22 @@ def _safetensors_matrix(path) -> np.ndarray:
 
 
 @contextmanager
-def vector_writer(path: str | os.PathLike, metadata: dict[str, str] | None = None) -> Iterator["_Writer"]:
+def vector_writer(
+    path: str | os.PathLike, metadata: dict[str, str] | None = None, before_rename: Callable[[], None] = lambda: None
+) -> Iterator["_Writer"]:
     """A writer whose `add(block, texts)` appends rows; `path` appears, whole, when the block ends without an error.
 
     .npy and .safetensors (tensor "vectors") take any dtype, .parquet floats, and texts, which the other two ignore. The
-    writer's `extra`, set before the first `add`, holds more arrays by name for .safetensors.
+    writer's `extra`, set before the first `add`, holds more arrays by name for .safetensors. before_rename: `atomic_file`'s.
     """
     kind = suffix(path)
     if kind not in VECTOR_FORMATS:
         raise InputError(f"{path}: unknown vector format {kind!r}; expected one of {', '.join(VECTOR_FORMATS)}")
     if not Path(path).absolute().parent.is_dir():
         raise InputError(f"{path}: the folder {Path(path).parent} does not exist")
-    digits = "[0-9a-f]" * 8
-    for leftover in Path(path).absolute().parent.glob(f"{TEMPORARY}{glob.escape(Path(path).name)}-{digits}"):
-        leftover.unlink(missing_ok=True)  # of a writer that was killed
-    with atomic_file(path) as temporary:
+    for leftover in temporaries(path):
+        leftover.unlink(missing_ok=True)
+    with atomic_file(path, before_rename) as temporary:
         writer = (_ParquetWriter if kind == ".parquet" else _RawWriter)(temporary, kind, metadata or {})
         try:
             yield writer

@@ -411,11 +411,13 @@ class Index(Described):
             if rows.count == 0 and source is None:
                 return 0
             with writer.changing(self.path, state.manifest, newest=source is None) as change:
-                state = Snapshot.open(self.path, state)
-                new_ids = writer.new_ids(state, rows.count, ids)
+                newest = Snapshot.open(self.path, state)
+                if ids is None or newest is not state:
+                    ids = writer.new_ids(newest, rows.count, ids)
+                state = newest
                 ranges = [*writer.ranges_of(state.segments[:1]).values()]
                 clipped = rows.clipped(ranges[0]) if ranges else 0
-                writer.append(change, state.segments, rows, new_ids, texts)
+                writer.append(change, state.segments, rows, ids, texts)
                 if source is not None:
                     change.manifest["source"] = source
         self.refresh()

@@ -5,13 +5,11 @@ mapped or read in blocks: memory holds a block and the ids. Ids that a format ha
 "v.npy.ids.npy" (int64) or "v.npy.ids.json" (strings) beside "v.npy".
 """
 
-import glob
 import itertools
 import json
 import mmap
 import os
 import tempfile
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +24,16 @@ import torch
 from leafkern import parquet
 from leafkern.console import Report, unseen
 from leafkern.errors import InputError, unknown_name
-from leafkern.files import TEMPORARY, atomic_file, existing, fsync_file, fsync_folder, rename
+from leafkern.files import (
+    TEMPORARY,
+    atomic_file,
+    existing,
+    fsync_file,
+    fsync_folder,
+    rename,
+    temporaries,
+    temporary_name,
+)
 from leafkern.index import Index, faiss_flat
 from leafkern.index.vectors import BLOCK_VALUES, check_distinct, id_array
 from leafkern.ops import quantize
@@ -253,19 +260,14 @@ def export(
     blocks = (_coded(index, rows, precision) for rows in _row_blocks(index, progress))
     with _ids_replaced(path, beside) as put_aside:
         if kind == ".faiss":
-            with atomic_file(path) as temporary:
-                with open(temporary, "wb") as stream:
-                    binary = precision == "ubinary"
-                    faiss_flat.write(stream, len(index), index.width, blocks, mapped, binary=binary)
-                fsync_file(temporary)
-                put_aside()
+            with atomic_file(path, before_rename=put_aside) as temporary, open(temporary, "wb") as stream:
+                binary = precision == "ubinary"
+                faiss_flat.write(stream, len(index), index.width, blocks, mapped, binary=binary)
         else:
-            with vector_writer(path, {"precision": precision, "dim": str(index.width)}) as writer:
+            metadata = {"precision": precision, "dim": str(index.width)}
+            with vector_writer(path, metadata, before_rename=put_aside) as writer:
                 for block in blocks:
                     writer.add(block)
-                writer.finish()
-                fsync_file(writer.path)
-                put_aside()
     return len(index)
 
 
@@ -311,9 +313,7 @@ def _beside(path: Path) -> list[Path]:
 
 def _temporary_ids(path: Path) -> list[Path]:
     """Ids of `path` under temporary names: of an export that goes on, or was killed."""
-    return [
-        file for ids in _beside(path) for file in path.absolute().parent.glob(f"{TEMPORARY}{glob.escape(ids.name)}-*")
-    ]
+    return [file for ids in _beside(path) for file in temporaries(ids)]
 
 
 @contextmanager
@@ -331,13 +331,13 @@ def _ids_replaced(path: Path, ids: np.ndarray | None) -> Iterator[Callable[[], N
         before = path.stat().st_ino if path.exists() else 0
         for file in _beside(path):
             if file.exists():
-                aside.append((file, _temporary_name(file)))
+                aside.append((file, temporary_name(file)))
                 rename(*aside[-1])
 
     try:
         if ids is not None:
             target = _beside(path)[ids.dtype == object]
-            new = _temporary_name(target)
+            new = temporary_name(target)
             _write_ids(new, ids)
             fsync_file(new)
         yield put_aside
@@ -354,10 +354,6 @@ def _ids_replaced(path: Path, ids: np.ndarray | None) -> Iterator[Callable[[], N
                     os.replace(hidden, file)
             if new is not None:
                 new.unlink(missing_ok=True)
-
-
-def _temporary_name(file: Path) -> Path:
-    return file.with_name(f"{TEMPORARY}{file.name}-{uuid.uuid4().hex[:8]}")
 
 
 def _write_ids(path: Path, ids: np.ndarray) -> None:

@@ -333,8 +333,9 @@ class Snapshot:
             highest = max(pc.max(part.ids()).as_py() for part in self.segments)
             if min(highest, LARGEST_ID - 1) >= manifest["next_id"]:
                 raise DamagedFileError(f"{file}: next_id {manifest['next_id']}, but there is an id {highest}")
-        if manifest.get("sha256", checksum(manifest)) != checksum(manifest):  # earlier versions wrote none
-            raise DamagedFileError(f"{file}: damaged: SHA-256 {checksum(manifest)}, it says {manifest['sha256']}")
+        found = checksum(manifest)
+        if manifest.get("sha256", found) != found:  # earlier versions wrote none
+            raise DamagedFileError(f"{file}: damaged: SHA-256 {found}, it says {manifest['sha256']}")
 
 
 class _FirstStage:
