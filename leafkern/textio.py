@@ -268,7 +268,8 @@ def vector_writer(
     """A writer whose `add(block, texts)` appends rows; `path` appears, whole, when the block ends without an error.
 
     .npy and .safetensors (tensor "vectors") take any dtype, .parquet floats, and texts, which the other two ignore. The
-    writer's `extra`, set before the first `add`, holds more arrays by name for .safetensors. before_rename: `atomic_file`'s.
+    writer's `extra`, set before the first `add`, holds more arrays by name for .safetensors. before_rename: as in
+    `atomic_file`.
     """
     kind = suffix(path)
     if kind not in VECTOR_FORMATS:
